@@ -1,0 +1,398 @@
+"""Configuration of every command: pydantic models, one YAML with a section each, `--section.key=value` overrides.
+
+`load_config` reads, overrides and checks; anything wrong is a ConfigError whose one line names key, value and remedy.
+Nothing here imports torch, so a bad key is found in a blink.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """Bad configuration; the message is one line for the user."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """Where and how a run takes place."""
+
+    name: str = ""
+    """Name shown in logs; empty: the stem of the configuration file."""
+    output_dir: str = ""
+    """Run directory; empty: `runs/<stem of the configuration file>`."""
+    overwrite: bool = False
+    """Replace what is in output_dir."""
+    cluster: str = "ray"
+    """`inline`: one process; `ray`: a local Ray cluster; anything else: the address of a running one (`auto` too)."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """On Ray: an actor for each role, or one actor that hosts all of them."""
+    seed: int = 0
+    """Seeds the model's initial weights, the order of the data and every draw."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of each process. Results are bit-equal only between runs with the same number."""
+    save_steps: int = Field(100, ge=0)
+    """Steps between checkpoints; one is always written at the end. 0: only that one."""
+    eval_steps: int = Field(50, ge=0)
+    """Steps between greedy evaluations; there is always one at step 0 and at the end. 0: only those."""
+    log_samples: int = Field(16, ge=0)
+    """Samples a step written to samples.jsonl, whole groups first. 0: none."""
+    max_restarts: int = Field(2, ge=0)
+    """On Ray: how often a dead rollout or reward actor is replaced before the run stops. A dead learner always stops it."""
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str = ""
+    """HF model directory to start from."""
+    init: str | dict[str, Any] | None = None
+    """Instead of `path`: a model YAML (`grpo model init`), or its content, to start from random weights."""
+    family: Literal["deepseek_v3"] = "deepseek_v3"
+    """Architecture family of the checkpoint."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of computation. Master weights, gradients accumulated over micro-batches and the optimiser are always float32."""
+    fp8: Literal["off"] = "off"
+    """FP8 MoE updates."""
+    gradient_checkpointing: bool = False
+    """Recompute activations of each layer in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.path and self.init is not None:
+            raise ValueError("model.path and model.init are both given; keep one")
+        return self
+
+
+class DataConfig(Section):
+    """Prompts to train on and to evaluate on."""
+
+    path: str = ""
+    """JSONL or Parquet file, or a directory saved by HF datasets."""
+    task: str = ""
+    """Instead of `path`: name of a reasoning-gym task, generated on the spot."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the task generator."""
+    size: int = Field(4000, ge=1)
+    """Distinct problems drawn from the task. Files are read whole."""
+    eval_path: str = ""
+    """Held-out file of the same form as `path`; empty: a share of the data itself is held out."""
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share held out for evaluation where there is no eval_path, chosen by a hash of a problem's operands (the numbers
+    in it, in any order) or of its text if it has none, so that no held-out operands appear in training. 0: none."""
+    eval_size: int = Field(256, ge=0)
+    """Held-out prompts of an evaluation. 0: all."""
+    prompt_column: str = "prompt"
+    """Column of the prompt: a string, or a list of chat messages."""
+    answer_column: str = "answer"
+    """Column of the gold answer."""
+    answer_pattern: str = ""
+    """Regular expression with one group that takes the gold answer out of its column, e.g. `#### (.+)` for GSM8K."""
+    prompt_pattern: str = ""
+    """Regular expression with one group: what it captures in the prompt becomes the prompt."""
+    completion_column: str = ""
+    """Column that SFT trains the model to answer with."""
+    completion_template: str = ""
+    """Instead of completion_column: built from the row's columns, e.g. `<answer>{answer}</answer>`."""
+    text_column: str = "text"
+    """Column that pretraining reads."""
+    system_prompt: str = ""
+    """Put first in chat prompts; makes a chat of a string prompt."""
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """Render prompts through the tokenizer's chat template: auto: only lists of messages (or with a system prompt)."""
+    max_prompt_length: int = Field(0, ge=0)
+    """Longer prompts are an error that names the row, unless drop_long_prompts. 0: what the context leaves."""
+    drop_long_prompts: bool = False
+    """Leave out prompts that are too long, with a count in the log, instead of stopping."""
+    shuffle: bool = True
+    """Visit the prompts in a new order (by run.seed) each epoch."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.path and self.task:
+            raise ValueError("data.path and data.task are both given; keep one")
+        for key in ("prompt_pattern", "answer_pattern"):
+            pattern = getattr(self, key)
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as err:
+                raise ValueError(f"data.{key} {pattern!r} is not a regular expression: {err}") from err
+            if pattern and groups != 1:
+                raise ValueError(f"data.{key} {pattern!r} must have exactly one (group); it has {groups}")
+        return self
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    engine: Literal["embedded"] = "embedded"
+    """The embedded engine: paged latents, continuous batching, on any device."""
+    num_workers: int = Field(1, ge=1)
+    """Engines; each takes an equal, contiguous share of the prompts, groups kept together."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the learner's log-probabilities use the same."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling. 1: off."""
+    top_k: int = Field(0, ge=-1)
+    """Sample among the k likeliest tokens. 0 or -1: off."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Drop tokens below this share of the likeliest token's probability. 0: off."""
+    max_completion_length: int = Field(256, ge=1)
+    """Tokens a completion may have."""
+    exact: bool = False
+    """Bitwise the same draw whatever else is in the batch, at some cost in speed: every matrix product gets a fixed shape."""
+    replay_routing: bool = False
+    """The learner routes each token to the experts it had in the rollout (gate weights are recomputed)."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences decoded at a time by an engine."""
+    page_size: int = Field(16, ge=1)
+    """Tokens in a cache page."""
+    num_pages: int = Field(0, ge=0)
+    """Cache pages of an engine. 0: enough for max_num_seqs sequences of the longest length asked for."""
+
+
+class StageConfig(Section):
+    """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
+
+    max_steps: int = Field(300, ge=1)
+    """Optimiser steps."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
+    lr_end_ratio: float = Field(0.1, ge=0, le=1)
+    """Last learning rate as a share of the peak."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    batch_size: int = Field(64, ge=1)
+    """Samples (SFT) or blocks (pretraining) a step."""
+    block_size: int = Field(512, ge=2)
+    """Pretraining: tokens in a block of packed text."""
+    max_tokens_per_microbatch: int = Field(16384, ge=1)
+    """Tokens in a micro-batch; a longer sample has one of its own."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices only."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's beta1."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's beta2."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this norm. 0: no clipping."""
+    mtp_loss_weight: float = Field(0.1, ge=0)
+    """Weight of the multi-token-prediction loss (DeepSeek-V3 eq. 25); it reaches the trunk. 0: none."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the sequence-wise balance loss (DeepSeek-V3 eq. 17). 0: none."""
+    router_bias_update_rate: float = Field(0.001, ge=0)
+    """Auxiliary-loss-free balancing: change of a router bias in a step. 0: frozen."""
+    stop_accuracy: float = Field(0.0, ge=0, le=1)
+    """SFT stops once the sampled accuracy on training prompts that SFT does not see passes this. 0: runs max_steps."""
+    eval_every: int = Field(25, ge=1)
+    """Steps between the checks of stop_accuracy."""
+
+
+class GRPOConfig(Section):
+    """The algorithm and its optimiser. Names are TRL's where TRL has one. A step is one rollout-and-update cycle."""
+
+    max_steps: int = Field(100, ge=1)
+    """Rollout-and-update cycles."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
+    lr_end_ratio: float = Field(0.1, ge=0, le=1)
+    """Last learning rate as a share of the peak."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, on matrices only."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's beta1."""
+    adam_beta2: float = Field(0.99, ge=0, lt=1)
+    """AdamW's beta2."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this norm. 0: no clipping."""
+    num_generations: int = Field(8, ge=2)
+    """Samples in a group (G)."""
+    prompts_per_step: int = Field(16, ge=1)
+    """Prompts (groups) in a step."""
+    minibatches_per_step: int = Field(1, ge=1)
+    """Optimiser updates over the samples of a step, each on its own share of the prompts."""
+    num_iterations: int = Field(1, ge=1)
+    """Passes over the samples of a step (mu in the paper)."""
+    max_tokens_per_microbatch: int = Field(16384, ge=1)
+    """Tokens in a micro-batch; a group is only split where it is longer than that by itself."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL term against the reference policy (the weights at the start). 0: no reference is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL term (Schulman): k1 log-ratio, k2 half its square, k3 the unbiased positive one."""
+    epsilon: float = Field(0.2, ge=0)
+    """Ratios are clipped below at 1 - epsilon."""
+    epsilon_high: float | None = Field(None, ge=0)
+    """And above at 1 + epsilon_high (clip-higher; CISPO's cap is epsilon_high itself). null: epsilon."""
+    delta: float | None = Field(None, gt=1)
+    """Dual clip: upper bound on the ratio of samples with a negative advantage. null: none."""
+    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = "dapo"
+    """How tokens are averaged, over the samples of the whole update: grpo: mean over samples of each sample's token mean; dr_grpo: sum
+    over num samples x max_completion_length; bnpo, dapo: mean over tokens (normalisers are global here, so the two are one);
+    cispo: mean over tokens of the clipped, detached ratio times log-probability."""
+    advantage_estimator: Literal["grpo", "rloo"] = "grpo"
+    """Baseline of a sample: the mean of its group, or of the others in it (leave-one-out)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Advantages are divided by the standard deviation within the group, within the batch, or not at all (Dr. GRPO)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratios per token, or per sequence as their geometric mean (GSPO)."""
+    importance_sampling_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "none"
+    )
+    """Weight tokens by learner over rollout probability: truncated at the cap, or masked above it."""
+    importance_sampling_cap: float = Field(3.0, gt=0)
+    """Cap of the correction."""
+    correct_truncation: bool = False
+    """The correction takes the rollout's probability after top-p, top-k and min-p (logprobs - log_support)."""
+    mask_truncated_completions: bool = False
+    """Completions that ran into max_completion_length get no gradient (they stay in the group's baseline)."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and sample more prompts instead (DAPO)."""
+    max_refills: int = Field(4, ge=0)
+    """Extra rollouts of a step under dynamic sampling; after that the step takes what it has."""
+    max_error_share: float = Field(0.05, ge=0, le=1)
+    """The run stops when a larger share of a step's samples could not be scored because of errors."""
+    router_bias_update_rate: float = Field(0.0, ge=0)
+    """Change of a router bias in a step. 0: the bias is frozen, as every recipe for this family does in RL."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the sequence-wise balance loss. 0: none."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> GRPOConfig:
+        if self.prompts_per_step % self.minibatches_per_step:
+            raise ValueError(
+                f"grpo.prompts_per_step {self.prompts_per_step} is not divisible by grpo.minibatches_per_step "
+                f"{self.minibatches_per_step}; choose a multiple"
+            )
+        return self
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.minibatches_per_step * self.num_iterations
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: dict[str, Any] = Field(default_factory=dict)
+    """Reward name -> its weight, or a mapping with `weight` and the reward's own options."""
+    grpo: GRPOConfig = GRPOConfig()
+    sft: StageConfig | None = None
+    """`grpo sft`, and before `grpo train` the warm start (kept under runs/.cache). null: no warm start."""
+    pretrain: StageConfig | None = None
+    """`grpo pretrain`."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _rewards(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, options in value.items():
+            if not isinstance(options, int | float | Mapping) or isinstance(options, bool):
+                raise ValueError(f"rewards.{name} is {options!r}; give a weight, or a mapping with `weight` and options")
+        return value
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def digest(value: Any) -> str:
+    """Short hash of a JSON-like value, for cache keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file (or takes a mapping), applies `--section.key=value` overrides and checks everything.
+
+    Raises ConfigError. Names and paths that the file leaves empty are filled in from its stem.
+    """
+    if isinstance(source, Mapping):
+        stem, content = "run", json.loads(json.dumps(source))
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"configuration file {str(path)!r} does not exist; see configs/ for examples")
+        try:
+            stem, content = path.stem, yaml.load(path.read_text(), _Loader) or {}
+        except yaml.YAMLError as err:
+            raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())}") from err
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} must be a mapping of sections, not {type(content).__name__}")
+    for override in overrides:
+        _override(content, override)
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as err:
+        raise ConfigError(_one_line(err)) from err
+    run = config.run.model_copy(
+        update={"name": config.run.name or stem, "output_dir": config.run.output_dir or f"runs/{stem}"}
+    )
+    return config.model_copy(update={"run": run})
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    match = re.fullmatch(r"--([A-Za-z_][\w-]*(?:\.[\w-]+)+)=(.*)", override, re.DOTALL)
+    if match is None:
+        raise ConfigError(f"argument {override!r} is not of the form --section.key=value")
+    *sections, key = match[1].split(".")
+    node = content
+    for name in sections:
+        child = node.get(name)
+        if isinstance(child, int | float):  # rewards.exact_match: 1.0, and now an option is set
+            child = {"weight": child}
+        node[name] = node = {} if child is None else child
+        if not isinstance(node, dict):
+            raise ConfigError(f"{override}: {name!r} is not a section")
+    node[key] = yaml.load(match[2], _Loader) if match[2] else ""
+
+
+def _one_line(err: ValidationError) -> str:
+    first = err.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Any = Config
+        for part in first["loc"][:-1]:
+            model = _section_of(model.model_fields[str(part)].annotation)
+        unknown = str(first["loc"][-1])
+        near = difflib.get_close_matches(unknown, list(model.model_fields), n=1, cutoff=0.0)
+        return f"unknown key {key!r}; did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?"
+    if first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        return message if "." in message.split(" ")[0] else f"{key}: {message}"
+    return f"{key} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def _section_of(annotation: Any) -> type[Section]:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    raise AssertionError(f"{annotation=} is no section")

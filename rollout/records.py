@@ -1,0 +1,58 @@
+"""Records of the rollout package: what goes into an engine and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample one prompt. Field names and meanings are vLLM's.
+
+    A draw is a function of (seed, sample index, position) alone, never of engine state or of what else is in the
+    batch. `seed=None` takes fresh entropy from the operating system.
+    """
+
+    n: int = 1  # samples for the prompt
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0 or -1: off
+    min_p: float = 0.0  # 0: off
+    max_tokens: int = 16
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()  # in addition to the engine's end-of-sequence tokens
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= -1, "-1 or 0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+        ]
+        for name, ok, want in checks:
+            if not ok:
+                raise ValueError(f"SamplingParams.{name} is {getattr(self, name)}; it must be {want}")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion. T = len(token_ids); the stop token, where one was drawn, is the last token.
+
+    logprobs     log-softmax(logits / temperature) of each sampled token, untruncated (temperature 0: of the raw logits)
+    log_support  log of the mass that top-p, top-k and min-p kept; a token was drawn with probability
+                 exp(logprobs - log_support). 0 without truncation.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # [T]
+    log_support: tuple[float, ...]  # [T]
+    finish_reason: Literal["stop", "length"]
+    policy_version: int
+    # [len(prompt) + T - 1, MoE layers, K] expert indices of each token that went through the model; None unless asked
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
