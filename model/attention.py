@@ -1,0 +1,84 @@
+"""Multi-head latent attention (DeepSeek-V3 report, arXiv 2412.19437, equations 1-11) over packed tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import DeepseekV3Config
+from model.layers import RMSNorm
+from model.layout import SequenceLayout
+from model.rope import apply_rope
+
+
+class MultiheadLatentAttention(nn.Module):
+    """Attention whose keys and values are expanded from one small latent vector per token.
+
+    The training form: keys and values are expanded per head (192/128 wide in V3). A decoder over a cache of latents
+    can absorb kv_b_proj instead; both give the same numbers.
+    """
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.nope_dim, self.rope_dim, self.value_dim = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        self.latent_rank = config.kv_lora_rank
+        self.scale = config.softmax_scale
+        hidden, query_width = config.hidden_size, self.num_heads * config.qk_head_dim
+        # The inner norms use eps 1e-6 whatever rms_norm_eps says, as transformers does (Moonlight has 1e-5 outside).
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_rank + self.rope_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.latent_rank)
+        self.kv_b_proj = nn.Linear(self.latent_rank, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.value_dim, hidden, bias=False)
+
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h # [T, d], cos and sin # [T, d_r / 2] -> q_nope # [T, n_h, d_n], q_rope # [T, n_h, d_r], latent # [T, r + d_r].
+
+        latent = [kv_a_layernorm(c), rotated k_r]: exactly what an MLA cache stores, in vLLM's order.
+        """
+        if hasattr(self, "q_proj"):
+            q = self.q_proj(h)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))
+        q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split((self.nope_dim, self.rope_dim), dim=-1)
+        c, k_rope = self.kv_a_proj_with_mqa(h).split((self.latent_rank, self.rope_dim), dim=-1)
+        # k_r is not normalised; one rotary key serves all heads.
+        latent = torch.cat((self.kv_a_layernorm(c), apply_rope(k_rope, cos, sin)), dim=-1)
+        return q_nope, apply_rope(q_rope, cos, sin), latent
+
+    def attend(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, layout: SequenceLayout) -> Tensor:
+        """What `project` returned, for all T tokens of the layout -> attention output after o_proj # [T, d]."""
+        c, k_rope = latent.split((self.latent_rank, self.rope_dim), dim=-1)
+        kv = self.kv_b_proj(c).unflatten(-1, (self.num_heads, -1))  # [T, n_h, d_n + d_v]
+        k_nope, v = kv.split((self.nope_dim, self.value_dim), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)  # [T, n_h, d_n + d_r]
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.num_heads, -1)), dim=-1)  # [T, n_h, d_n + d_r]
+        rows = []
+        for q_b, k_b, v_b in zip(layout.gather(q), layout.gather(k), layout.gather(v)):  # [B, L, n_h, ...]
+            rows.append(causal_attention(q_b, k_b, v_b, self.scale))
+        return self.o_proj(layout.scatter(rows).flatten(1))
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
+        """h # [T, d] (normalised), cos and sin # [T, d_r / 2] -> # [T, d]."""
+        return self.attend(*self.project(h, cos, sin), layout)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T + causal) v per row and head: q, k # [B, L, n_h, d_qk], v # [B, L, n_h, d_v] -> # [B, L, n_h, d_v]."""
+    width, extra = v.shape[-1], q.shape[-1] - v.shape[-1]
+    if extra > 0:
+        # The fused kernels want equal head widths; zero columns in v only add zero columns to the result.
+        v = F.pad(v, (0, extra))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale
+    )  # [B, n_h, L, d]
+    return out.transpose(1, 2)[..., :width]
