@@ -41,8 +41,9 @@ class MultiheadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.value_dim, hidden, bias=False)
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h # [T, d], cos and sin # [T, d_r / 2] -> q_nope # [T, n_h, d_n], q_rope # [T, n_h, d_r], latent # [T, r + d_r].
+        """h # [T, d], cos and sin # [T, d_r / 2] -> (q_nope, q_rope, latent).
 
+        q_nope # [T, n_h, d_n], q_rope # [T, n_h, d_r] rotated, latent # [T, r + d_r]:
         latent = [kv_a_layernorm(c), rotated k_r]: exactly what an MLA cache stores, in vLLM's order.
         """
         if hasattr(self, "q_proj"):
@@ -73,7 +74,10 @@ class MultiheadLatentAttention(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T + causal) v per row and head: q, k # [B, L, n_h, d_qk], v # [B, L, n_h, d_v] -> # [B, L, n_h, d_v]."""
+    """softmax(scale q k^T + causal) v for each row and head.
+
+    q, k # [B, L, n_h, d_qk], v # [B, L, n_h, d_v] -> # [B, L, n_h, d_v].
+    """
     width, extra = v.shape[-1], q.shape[-1] - v.shape[-1]
     if extra > 0:
         # The fused kernels want equal head widths; zero columns in v only add zero columns to the result.

@@ -1,5 +1,6 @@
-"""One decoder layer: attention and feed-forward, each behind an RMSNorm and added to the residual stream."""
+"""Decoder layers: the plain one, and the multi-token prediction one that wraps it."""
 
+import torch
 from torch import Tensor, nn
 
 from model.attention import MultiheadLatentAttention
@@ -23,7 +24,7 @@ class DeepseekV3DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout, routed_experts: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """x # [T, d], cos and sin # [T, d_r / 2], routed_experts # [T, K] to replay -> (x # [T, d], Routing or None)."""
+        """x # [T, d], cos and sin # [T, d_r / 2], routed_experts # [T, K] to replay -> (x # [T, d], Routing)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         return self.feed_forward(x, routed_experts)
 
@@ -34,3 +35,34 @@ class DeepseekV3DecoderLayer(nn.Module):
             return x + self.mlp(normed), None
         out, routing = self.mlp(normed, routed_experts)
         return x + out, routing
+
+
+class SharedHead(nn.Module):
+    """The norm before the output head; the head itself is the main model's."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MTPLayer(DeepseekV3DecoderLayer):
+    """A decoder layer fed with [enorm(next token's embedding) ; hnorm(hidden)] through eh_proj (equation 21).
+
+    The paper writes the two halves in the other order; released weights (and vLLM) have the embedding first.
+    """
+
+    def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = SharedHead(config)
+
+    def combine(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """hidden # [T, d] after a final norm, embedding # [T, d] of the token k ahead -> block input # [T, d]."""
+        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+
+    def predict(self, hidden: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
+        """hidden, embedding # [T, d] -> # [T, d]: what the head reads, and the next depth's `hidden`."""
+        x, _ = DeepseekV3DecoderLayer.forward(self, self.combine(hidden, embedding), cos, sin, layout)
+        return self.shared_head.norm(x)

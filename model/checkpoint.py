@@ -4,29 +4,26 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.names import hf_state, load_hf_state
-
-if TYPE_CHECKING:
-    from model.modeling import DeepseekV3ForCausalLM
+from model.names import HFModel, hf_state, load_hf_state
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def save_model(model: "DeepseekV3ForCausalLM", directory: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_model(model: HFModel, directory: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write config.json (with the dtype and MTP depth really saved) and the weights under published names.
 
     One shard is in flight at a time. Files are written beside and then renamed, so a crash leaves no torn shard.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    dataclasses.replace(model.config, dtype=str(model.dtype).removeprefix("torch.")).save_pretrained(directory)
+    dtype = str(model.state_dict()["lm_head.weight"].dtype).removeprefix("torch.")
+    dataclasses.replace(model.config, dtype=dtype).save_pretrained(directory)
     shards: list[list[str]] = [[]]
     sizes = [0]
     total = 0
@@ -80,7 +77,7 @@ def read_weights(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
 
 
-def load_weights(model: "DeepseekV3ForCausalLM", directory: str | Path) -> None:
+def load_weights(model: HFModel, directory: str | Path) -> None:
     """Fill the model from a directory. ValueError names what is missing, unexpected or of another shape."""
     try:
         load_hf_state(model, read_weights(directory))

@@ -89,8 +89,8 @@ class DeepseekV3Config:
         if rest or per_group < 2:
             # A group's score is the sum of its two best experts, so a group needs two.
             raise ValueError(
-                f"n_group is {self.n_group} with n_routed_experts {self.n_routed_experts}: groups must be equal and hold "
-                "at least 2 experts each; n_group: 1 and topk_group: 1 switch groups off"
+                f"n_group is {self.n_group} with n_routed_experts {self.n_routed_experts}: groups must be equal and "
+                "hold at least 2 experts each; n_group: 1 and topk_group: 1 switch groups off"
             )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group is {self.topk_group}: at most n_group ({self.n_group}) groups can be kept")

@@ -62,7 +62,7 @@ def build_tokenizer(spec: dict[str, Any]) -> PreTrainedTokenizerFast:
     repeated = sorted({c for c in characters if characters.count(c) > 1} | {t for t in whole if whole.count(t) > 1})
     if not characters or repeated:
         raise ValueError(f"tokenizer.characters or special_tokens are empty or repeat {repeated}: list each once")
-    roles = {role: spec.get(role, f"<{role.removesuffix('_token')}>") for role in ("pad_token", "bos_token", "eos_token")}
+    roles = {f"{role}_token": spec.get(f"{role}_token", f"<{role}>") for role in ("pad", "bos", "eos")}
     for role, token in roles.items():
         if token not in whole:
             raise ValueError(f"tokenizer.{role} is {token!r}: add it to tokenizer.special_tokens")

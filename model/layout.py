@@ -89,7 +89,8 @@ class SequenceLayout:
             own = starts[members, None] + column - p_length  # [B, L]
             index = np.where(column < p_length, p_start + column, own)
             # Padding repeats the row's first token; causal attention hides it from every real token.
-            index = np.where(column < totals[members, None], index, np.where(p_length > 0, p_start, starts[members, None]))
+            first = np.where(p_length > 0, p_start, starts[members, None])  # [B, 1]
+            index = np.where(column < totals[members, None], index, first)
             row_start[members] = offset + np.arange(len(members)) * length
             offset += index.size
             buckets.append(Bucket(torch.from_numpy(index)))

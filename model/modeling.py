@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.block import DeepseekV3DecoderLayer
+from model.block import DeepseekV3DecoderLayer, MTPLayer
+from model.checkpoint import load_weights, save_model
 from model.config import DeepseekV3Config
 from model.layers import RMSNorm
 from model.layout import SequenceLayout
 from model.moe import Experts, Routing, TopkRouter
-from model.mtp import MTPLayer
 from model.rope import RotaryTables
 
 
@@ -147,8 +147,6 @@ class DeepseekV3ForCausalLM(nn.Module):
         cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Self:
         """Load a Hugging Face directory; dtype None keeps the one its config names. ValueError if it does not fit."""
-        from model.checkpoint import load_weights
-
         config = DeepseekV3Config.from_pretrained(directory)
         with torch.device("meta"):
             model = cls(config)
@@ -158,6 +156,4 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write config.json and safetensors under the published per-expert names (no tokenizer)."""
-        from model.checkpoint import save_model
-
         save_model(self, directory, max_shard_bytes)

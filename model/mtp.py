@@ -1,49 +1,14 @@
-"""Multi-token prediction (arXiv 2412.19437, section 2.2): layers that predict one token further each, and their loss."""
+"""The multi-token prediction loss (arXiv 2412.19437, section 2.2) over packed sequences."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.block import DeepseekV3DecoderLayer
-from model.config import DeepseekV3Config
-from model.layers import RMSNorm
+from model.block import MTPLayer
 from model.layout import SequenceLayout
-
-if TYPE_CHECKING:
-    from model.modeling import DeepseekV3ForCausalLM
-
-
-class SharedHead(nn.Module):
-    """The norm before the output head; the head itself is the main model's."""
-
-    def __init__(self, config: DeepseekV3Config) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class MTPLayer(DeepseekV3DecoderLayer):
-    """A decoder layer fed with [enorm(next token's embedding) ; hnorm(hidden)] through eh_proj (equation 21).
-
-    The paper writes the two halves in the other order; released weights (and vLLM) have the embedding first.
-    """
-
-    def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.shared_head = SharedHead(config)
-
-    def combine(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """hidden # [T, d] (after a final norm) and the embedding # [T, d] of the token k ahead -> block input # [T, d]."""
-        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
-
-    def predict(self, hidden: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
-        """hidden, embedding # [T, d] -> # [T, d]: what the head reads, and the next depth's `hidden`."""
-        x, _ = DeepseekV3DecoderLayer.forward(self, self.combine(hidden, embedding), cos, sin, layout)
-        return self.shared_head.norm(x)
+from model.modeling import DeepseekV3ForCausalLM
 
 
 class MTPLoss(NamedTuple):
@@ -56,7 +21,7 @@ class MTPLoss(NamedTuple):
 
 
 def mtp_loss(
-    model: "DeepseekV3ForCausalLM",
+    model: DeepseekV3ForCausalLM,
     hidden: Tensor,
     input_ids: Tensor,
     layout: SequenceLayout,
@@ -66,8 +31,8 @@ def mtp_loss(
     """Cross-entropy of the MTP layers (equations 22-25, without the factor lambda).
 
     hidden # [T, d] of the main model after its final norm, input_ids # [T], target_mask # [T] bool: tokens that count
-    as targets (default all). Depth k at position i reads token i + k and predicts token i + k + 1 of the same sequence;
-    a prompt shared by several samples is written out once per sample, because its last tokens look ahead into the sample.
+    as targets (default all). Depth k at position i reads token i + k and predicts token i + k + 1 of the same sequence.
+    A prompt shared by several samples is written out once per sample: its last tokens look ahead into the sample.
     detach=True (reinforcement learning): only MTP parameters get a gradient, not hidden, embedding or head.
     Raises ValueError when the model has no MTP layers.
     """

@@ -7,19 +7,24 @@ the embedding and the head.
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.config import DeepseekV3Config
 
-if TYPE_CHECKING:
-    from model.modeling import DeepseekV3ForCausalLM
-
 MTP_COPIES = {"model.embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"}
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+
+
+class HFModel(Protocol):
+    """What naming needs of a model: its config and its tensors (DeepseekV3ForCausalLM, without importing it)."""
+
+    config: DeepseekV3Config
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def to_hf(name: str, tensor: Tensor, config: DeepseekV3Config) -> Iterator[tuple[str, Tensor]]:
@@ -65,7 +70,7 @@ def from_hf(hf_name: str, config: DeepseekV3Config) -> tuple[str, int | None, st
     return f"{expert[1]}.{stacked}", int(expert[2]), expert[3]
 
 
-def hf_state(model: "DeepseekV3ForCausalLM") -> Iterator[tuple[str, Tensor]]:
+def hf_state(model: HFModel) -> Iterator[tuple[str, Tensor]]:
     """Every (published name, tensor) of the model, detached views into its parameters."""
     for name, tensor in model.state_dict().items():
         yield from to_hf(name, tensor.detach(), model.config)
@@ -74,7 +79,7 @@ def hf_state(model: "DeepseekV3ForCausalLM") -> Iterator[tuple[str, Tensor]]:
 class HFLoader:
     """Fills a model's parameters in place from (published name, tensor) pairs, in any order and any number of calls."""
 
-    def __init__(self, model: "DeepseekV3ForCausalLM") -> None:
+    def __init__(self, model: HFModel) -> None:
         self.config = model.config
         self.state = model.state_dict()  # references to the parameters, not copies
         self.pending = {n: t.shape[0] * (2 if "gate_up" in n else 1) if ".experts." in n and "shared" not in n else 1
@@ -124,9 +129,7 @@ class HFLoader:
             raise ValueError(f"{_some(self.unexpected)} not part of this model: check config.json against the weights")
 
 
-def load_hf_state(
-    model: "DeepseekV3ForCausalLM", pairs: Iterable[tuple[str, Tensor]], strict: bool = True
-) -> HFLoader:
+def load_hf_state(model: HFModel, pairs: Iterable[tuple[str, Tensor]], strict: bool = True) -> HFLoader:
     """Load (published name, tensor) pairs in place; the loader tells what was missing and unexpected."""
     loader = HFLoader(model)
     for name, tensor in pairs:
