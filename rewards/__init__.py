@@ -1,0 +1,15 @@
+"""Text in, score out: rules, users' functions, and the processes that keep a hanging checker from hanging the run."""
+
+from rewards.build import RewardFailure, Rewards, build_rewards, error_share, raise_if_failing
+from rewards.records import RewardInput, Score, Status
+
+__all__ = [
+    "RewardFailure",
+    "RewardInput",
+    "Rewards",
+    "Score",
+    "Status",
+    "build_rewards",
+    "error_share",
+    "raise_if_failing",
+]

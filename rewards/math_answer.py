@@ -1,0 +1,122 @@
+"""The math_answer reward: which text is the answer, what is decided here, and what goes to a worker.
+
+Only string work happens in this process. Whatever parses the model's text as mathematics runs in
+rewards/math_grader.py behind a deadline.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+
+from rewards.records import RewardInput, Score, Status
+from rewards.rule import Rule, failure
+from rewards.text_rules import last_tagged
+from rewards.worker import Answer, WorkerPool
+
+TARGET = "rewards.math_grader:make"
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last closed \boxed{...} (or \fbox), braces matched; None if there is none."""
+    for match in reversed(list(_BOX.finditer(text))[-8:]):  # a few: each unclosed one costs a scan to the end
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                return text[match.end() : match.end() + brace.start()]
+    return None
+
+
+def tidy(answer: str) -> str:
+    r"""The answer without what surrounds it: $...$, \(...\), \text{...}, (B), a final full stop. `1, 2` is not 12."""
+    answer = answer.strip()
+    if answer.endswith(".") and not answer.endswith(".."):
+        answer = answer[:-1].rstrip()
+    for pattern in (
+        r"\$\$?([^$]*)\$\$?",
+        r"\\[(\[](.*)\\[)\]]",
+        r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}",
+        r"\(([A-Z])\)",
+    ):
+        match = re.fullmatch(pattern, answer, re.DOTALL)
+        if match:
+            answer = match.group(1).strip()
+    return answer
+
+
+def gold_text(answer: object) -> str:
+    r"""The gold answer alone: the last box, what follows GSM8K's `####`, or the text itself, tidied."""
+    text = str(answer) if answer is not None else ""
+    box = last_box(text)
+    return tidy(box if box is not None else text.rpartition("####")[2])
+
+
+def extract(completion: str) -> tuple[str, bool]:
+    """(the part of a completion that holds its answer, whether it is the answer and nothing else).
+
+    What precedes the last </think> does not count; inside it the last <answer> pair, inside that the last box.
+    """
+    text = completion.rpartition("</think>")[2]
+    tagged = last_tagged(text, "answer")
+    text = text if tagged is None else tagged
+    box = last_box(text)
+    return (text, False) if box is None else (tidy(box), True)
+
+
+def math_answer(*, pool: WorkerPool, timeout: float = 3.0, require_box: bool = False) -> Rule:
+    r"""1.0 if the completion's final answer equals fields["answer"] as mathematics (math-verify decides), else 0.0.
+
+    The last \boxed{} of the text after </think> is the answer; without a box, math-verify looks for one in the text
+    (`require_box`: then 0.0). An answer equal to the gold as a string is right without parsing; no string comparison
+    ever makes an answer wrong. A gold answer that cannot be parsed is UNPARSEABLE_GOLD. An answer that takes more
+    than `timeout` seconds (a power tower) is the completion's doing: 0.0, with the reason in info. A crashed worker
+    is an ERROR. ValueError: math-verify is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError("rewards.math_answer needs math-verify; pip install 'grpo-v3[rewards]'")
+    pool.preload(TARGET, {})
+
+    def score(inputs: Sequence[RewardInput]) -> list[Score]:
+        scores: list[Score | None] = [None] * len(inputs)
+        items, places = [], []
+        for place, sample in enumerate(inputs):
+            gold = gold_text(sample.fields["answer"])
+            text, boxed = extract(sample.completion)
+            if not gold:
+                scores[place] = failure(Status.UNPARSEABLE_GOLD, "the gold answer is empty")
+            elif text.strip() == gold and (boxed or not require_box):
+                scores[place] = Score(1.0, info={"by": "string"})
+            elif not boxed and (require_box or not text.strip()):
+                scores[place] = Score(0.0, info={"reason": "no boxed answer" if require_box else "no answer"})
+            else:
+                items.append({"gold": gold, "text": text, "boxed": boxed})
+                places.append(place)
+        answers = pool.run(TARGET, {}, items, timeout)
+        slow = sorted({item["gold"] for item, answer in zip(items, answers) if answer.status is Status.TIMEOUT})
+        gold_checks = dict(zip(slow, pool.run(TARGET, {}, [{"gold": gold} for gold in slow], timeout)))
+        for place, item, answer in zip(places, items, answers, strict=True):
+            scores[place] = _verdict(answer, gold_checks.get(item["gold"]), item["gold"])
+        assert all(verdict is not None for verdict in scores)
+        return scores  # type: ignore[return-value]
+
+    return Rule(score, frozenset({"answer"}))
+
+
+def _verdict(answer: Answer, gold_check: Answer | None, gold: str) -> Score:
+    """The Score of a worker's answer. A timeout is the completion's, unless the gold answer alone takes too long."""
+    times = {"queue_s": answer.queue_s, "run_s": answer.run_s}
+    if answer.status is Status.TIMEOUT:
+        if gold_check is None or gold_check.status is not Status.OK or gold_check.result is None:
+            return failure(Status.UNPARSEABLE_GOLD, f"the gold answer {gold!r:.80} does not parse in time", **times)
+        return Score(0.0, info={"reason": f"the answer took too long to check: {answer.reason}"}, **times)
+    if answer.status is not Status.OK:
+        return failure(answer.status, answer.reason, **times)
+    if answer.result is None:
+        return failure(
+            Status.UNPARSEABLE_GOLD, f"the gold answer {gold!r:.80} cannot be parsed as mathematics", **times
+        )
+    value, reason = answer.result
+    return Score(float(value), info={"reason": reason} if reason else {}, **times)

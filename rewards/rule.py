@@ -1,0 +1,59 @@
+"""What a reward is to the rest of the package: a batch function, the fields it reads, and how one verdict is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+
+from rewards.records import RewardInput, Score, Status
+
+Verdict = Score | float | None  # what a rule may say about one sample; None: it does not apply
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A built reward. `score` returns one Score per input, in order, and raises nothing because of a completion.
+
+    `needs` names the data fields without which it cannot score; they are checked before a run.
+    """
+
+    score: Callable[[Sequence[RewardInput]], list[Score]]
+    needs: frozenset[str] = frozenset()
+
+
+def failure(status: Status, reason: str, queue_s: float = 0.0, run_s: float = 0.0) -> Score:
+    """A Score without a value, with its reason."""
+    return Score(None, status, info={"reason": reason}, queue_s=queue_s, run_s=run_s)
+
+
+def as_score(verdict: object) -> Score:
+    """A rule's verdict as a Score: a finite number is OK, None is NOT_APPLICABLE, anything else is an ERROR."""
+    if isinstance(verdict, Score):
+        return verdict
+    if verdict is None:
+        return failure(Status.NOT_APPLICABLE, "the reward returned None")
+    if not isinstance(verdict, Real):
+        return failure(Status.ERROR, f"returned {verdict!r:.80}; a reward returns a float or None")
+    if not math.isfinite(verdict):
+        return failure(Status.ERROR, f"returned {verdict!r}; a reward must be finite")
+    return Score(float(verdict))
+
+
+def each(rule: Callable[[RewardInput], Verdict]) -> Callable[[Sequence[RewardInput]], list[Score]]:
+    """A batch function from a function of one sample. An exception becomes an ERROR for that sample alone."""
+
+    def score(inputs: Sequence[RewardInput]) -> list[Score]:
+        scores = []
+        for sample in inputs:
+            start = time.perf_counter()
+            try:
+                verdict = as_score(rule(sample))
+            except Exception as error:  # the reward boundary: one bad sample must not stop the batch, nor score 0
+                verdict = failure(Status.ERROR, f"{type(error).__name__}: {error}")
+            scores.append(replace(verdict, run_s=time.perf_counter() - start))
+        return scores
+
+    return score
