@@ -1,0 +1,91 @@
+# Everything a contributor runs. Targets set up .venv by themselves; `make help` lists them.
+#
+# An interpreter that already has torch 2.11 to 2.13 (a CUDA machine's) lends it to the environment instead of getting
+# another one: the environment sees its packages, and pip is held to that very torch. Any other machine gets
+# constraints.txt's. On Linux without a GPU that is the CPU build, asked for first where pip looks anyway (find-links, a
+# mirror), then at pytorch.org with one short try, so that a machine that cannot reach it loses seconds, not minutes;
+# failing both, PyPI's build, which brings several GB of CUDA libraries.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format bench-peers bench-cpu clean
+
+PYTHON ?=
+SEED ?=
+PYTEST_TIMEOUT ?= 300
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TRL := 1.16.0
+BENCHMARKS := grpo_step decode packing
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+# $(call environment,DIR,PIP ARGUMENTS): a virtual environment DIR with the packages
+define environment
+	lends='from importlib.metadata import version; v = version("torch").split("+")[0]; \
+	assert (2, 11) <= tuple(map(int, v.split(".")[:2])) <= (2, 13)'; \
+	chosen=; lent=; \
+	for python in $(or $(PYTHON),python3.11 python3.12 python3); do \
+	    "$$python" -c 'import sys; assert (3, 11) <= sys.version_info[:2]' 2>/dev/null || continue; \
+	    chosen=$${chosen:-$$python}; \
+	    if "$$python" -c "$$lends" 2>/dev/null; then chosen=$$python; lent=yes; break; fi; \
+	done; \
+	if [ -z "$$chosen" ]; then \
+	    echo "error: none of $(or $(PYTHON),python3.11 python3.12 python3) runs and is Python 3.11 or newer;" \
+	        "install Python 3.11 or 3.12, or name one: make setup PYTHON=/path/to/python" >&2; exit 2; \
+	fi; \
+	rm -rf $(1); "$$chosen" -m venv $(1); \
+	if [ -n "$$lent" ]; then \
+	    : 'a .pth file, as --system-site-packages would miss a torch that itself lies in a virtual environment'; \
+	    "$$chosen" -c 'import sysconfig; print(sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sep="\n")' \
+	        > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"; \
+	    $(1)/bin/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' > $(1)/constraints.txt; \
+	else \
+	    cp constraints.txt $(1)/constraints.txt; \
+	    if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	        $(1)/bin/pip install -q torch==$(TORCH)+cpu 2>/dev/null || $(1)/bin/pip install -q --retries 0 --timeout 15 \
+	            --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)+cpu 2>/dev/null || \
+	            echo "note: no CPU build of torch $(TORCH) found; taking PyPI's" >&2; \
+	    fi; \
+	fi; \
+	$(1)/bin/pip install -q -c $(1)/constraints.txt $(2)
+endef
+
+setup: .venv/.done  ## make .venv with everything (PYTHON=... chooses the interpreter)
+
+.venv/.done: pyproject.toml constraints.txt
+	@echo "setting up .venv"
+	@$(call environment,.venv,-e '.[ray,rewards,tasks,dev]')
+	@touch $@
+
+train: .venv/.done  ## the smoke run: model, warm start, GRPO (SEED=... for another seed)
+	.venv/bin/grpo train configs/smoke.yaml --run.overwrite=true \
+	    $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED))
+
+test: .venv/.done  ## all tests (ARGS=... goes to pytest)
+	.venv/bin/python -m pytest --timeout=$(PYTEST_TIMEOUT) $(ARGS)
+
+lint: .venv/.done  ## ruff and pyright
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+format: .venv/.done  ## let ruff put the code in shape
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench-peers: .venv-peers/.done  ## make .venv-peers, the environment of what the benchmarks compare with
+
+# The Makefile is not a prerequisite: a comment in it need not rebuild the peers. `make clean` after a new TRL.
+.venv-peers/.done: constraints.txt
+	@echo "setting up .venv-peers"
+	@$(call environment,.venv-peers,trl==$(TRL) 'transformers>=5.17')
+	@touch $@
+
+bench-cpu: .venv/.done .venv-peers/.done  ## every CPU benchmark against its peer; wants an otherwise idle machine
+	for name in $(BENCHMARKS); do .venv/bin/python -m benchmarks.$$name; done
+
+clean:  ## remove environments and caches; runs/ stays
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
