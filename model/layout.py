@@ -152,15 +152,14 @@ class SequenceLayout:
         """
         if bool((self.parent < 0).all()):
             return torch.arange(len(self), device=self.restore.device), self
-        cu, par = self.cu_seqlens.cpu().numpy(), self.parent.cpu().numpy()
-        is_parent = np.zeros(len(par), dtype=bool)
-        is_parent[par[par >= 0]] = True
-        pieces, lengths = [], []
-        for s in np.flatnonzero(~is_parent):
-            own = np.arange(cu[s], cu[s + 1])
-            row = own if par[s] < 0 else np.concatenate((np.arange(cu[par[s]], cu[par[s] + 1]), own))
-            pieces.append(row)
-            lengths.append(len(row))
+        cu, par = self.cu_seqlens.tolist(), self.parent.tolist()
+        parents, pieces, lengths = set(par), [], []
+        for s, p in enumerate(par):
+            if s in parents:
+                continue  # a parent is only written out inside its children
+            prompt = np.arange(cu[p], cu[p + 1]) if p >= 0 else np.arange(0)
+            pieces += [prompt, np.arange(cu[s], cu[s + 1])]
+            lengths.append(len(prompt) + cu[s + 1] - cu[s])
         index = torch.from_numpy(np.concatenate(pieces)).to(self.restore.device)  # [T']
         cu_rows = np.concatenate(([0], np.cumsum(lengths)))
         layout = type(self).from_segments(cu_rows, position_ids=self.position_ids[index].cpu())
