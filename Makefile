@@ -14,8 +14,10 @@ SHELL := bash
 PYTHON ?=
 SEED ?=
 PYTEST_TIMEOUT ?= 300
+SEEDED := $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED))
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
+EVERYTHING := -e '.[ray,rewards,tasks,dev]'  # a variable, as $(call) splits at commas
 BENCHMARKS := grpo_step decode packing
 
 help:  ## list the targets
@@ -56,24 +58,23 @@ setup: .venv/.done  ## make .venv with everything (PYTHON=... chooses the interp
 
 .venv/.done: pyproject.toml constraints.txt
 	@echo "setting up .venv"
-	@$(call environment,.venv,-e '.[ray,rewards,tasks,dev]')
+	@$(call environment,.venv,$(EVERYTHING))
 	@touch $@
 
 train: .venv/.done  ## the smoke run: model, warm start, GRPO (SEED=... for another seed)
-	.venv/bin/grpo train configs/smoke.yaml --run.overwrite=true \
-	    $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED))
+	.venv/bin/grpo train configs/smoke.yaml --run.overwrite=true $(SEEDED)
 
 test: .venv/.done  ## all tests (ARGS=... goes to pytest)
 	.venv/bin/python -m pytest --timeout=$(PYTEST_TIMEOUT) $(ARGS)
 
 lint: .venv/.done  ## ruff and pyright
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m pyright --pythonpath .venv/bin/python
 
 format: .venv/.done  ## let ruff put the code in shape
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
 
 bench-peers: .venv-peers/.done  ## make .venv-peers, the environment of what the benchmarks compare with
 

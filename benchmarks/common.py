@@ -27,7 +27,7 @@ CACHE = ROOT / "runs" / ".cache"  # models and prompts that both sides read
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 IDLE_LOAD = 0.5
 
-# Settings that a peer may choose the best of. batched_mm experts, a static cache and gradient checkpointing lose always.
+# What a peer may choose the best of. batched_mm experts, a static cache and gradient checkpointing always lose.
 DECODE_GRID = {"threads": (1, 2), "experts": ("grouped_mm", "eager")}
 STEP_GRID = DECODE_GRID | {"microbatch": (128, 32)}
 # Case -> (kind of benchmarks/make_model.py, settings of the peer). Our side takes the same kind, prompts and counts.

@@ -98,6 +98,12 @@ def test_bad_yaml_names_the_file(tmp_path: Path) -> None:
     assert str(path) in text and "line" in text
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.yaml"
+    path.write_bytes(b"run: {name: \xff}")
+    assert str(path) in message(path)
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "just words\n", "3\n"])
 def test_yaml_that_is_no_mapping(tmp_path: Path, content: str) -> None:
     path = tmp_path / "odd.yaml"
