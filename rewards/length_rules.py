@@ -42,7 +42,7 @@ def soft_overlong(*, max_completion_length: int, cache: int) -> Rule:
     _positive("soft_overlong.cache", cache)
     if cache > max_completion_length:
         raise ValueError(
-            f"rewards.soft_overlong.cache is {cache}, more than max_completion_length {max_completion_length}; make it smaller"
+            f"rewards.soft_overlong.cache is {cache}, more than max_completion_length {max_completion_length}; lower it"
         )
 
     def score(sample: RewardInput) -> float | None:

@@ -16,18 +16,30 @@ from rewards.text_rules import last_tagged
 from rewards.worker import Answer, WorkerPool
 
 TARGET = "rewards.math_grader:make"
+_JOINT = re.compile(r"(?:\s|[$,;]|\\[\[\]()]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
-def last_box(text: str) -> str | None:
-    r"""The content of the last closed \boxed{...} (or \fbox), braces matched; None if there is none."""
-    for match in reversed(list(_BOX.finditer(text))[-8:]):  # a few: each unclosed one costs a scan to the end
+def last_boxes(text: str) -> list[str]:
+    r"""The contents of the last closed \boxed{...} (or \fbox), after those joined to it by a comma, "and" or "or".
+
+    Braces are matched. [] if there is no closed box.
+    """
+    boxes: list[str] = []
+    start_of_next = len(text)
+    for match in reversed(list(_BOX.finditer(text))[-16:]):  # not all: an unclosed box costs a scan to the end
         depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):
+        for brace in re.finditer(r"\\.|[{}]", text[match.end() : start_of_next], re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:
-                return text[match.end() : match.end() + brace.start()]
-    return None
+                end = match.end() + brace.start()
+                between = text[end + 1 : start_of_next]
+                if boxes and not (len(between) < 80 and _JOINT.fullmatch(between) and between.strip(" $\\[]()\n")):
+                    return boxes
+                boxes.insert(0, text[match.end() : end])
+                start_of_next = match.start()
+                break
+    return boxes
 
 
 def tidy(answer: str) -> str:
@@ -50,20 +62,23 @@ def tidy(answer: str) -> str:
 def gold_text(answer: object) -> str:
     r"""The gold answer alone: the last box, what follows GSM8K's `####`, or the text itself, tidied."""
     text = str(answer) if answer is not None else ""
-    box = last_box(text)
-    return tidy(box if box is not None else text.rpartition("####")[2])
+    boxes = last_boxes(text)
+    return ", ".join(map(tidy, boxes)) if boxes else tidy(text.rpartition("####")[2])
 
 
-def extract(completion: str) -> tuple[str, bool]:
-    """(the part of a completion that holds its answer, whether it is the answer and nothing else).
+def extract(completion: str, gold: str) -> tuple[str, bool]:
+    r"""(the part of a completion that holds its answer, whether it is the answer and nothing else).
 
-    What precedes the last </think> does not count; inside it the last <answer> pair, inside that the last box.
+    What precedes the last </think> does not count; in the rest the last <answer> pair, in that the last box. Where
+    the gold answer is a list, boxes joined to the last one belong to the answer: `\boxed{1}` and `\boxed{2}`.
     """
     text = completion.rpartition("</think>")[2]
     tagged = last_tagged(text, "answer")
     text = text if tagged is None else tagged
-    box = last_box(text)
-    return (text, False) if box is None else (tidy(box), True)
+    boxes = last_boxes(text)
+    if not boxes:
+        return text, False
+    return ", ".join(map(tidy, boxes if "," in gold else boxes[-1:])), True
 
 
 def math_answer(*, pool: WorkerPool, timeout: float = 3.0, require_box: bool = False) -> Rule:
@@ -84,10 +99,10 @@ def math_answer(*, pool: WorkerPool, timeout: float = 3.0, require_box: bool = F
         items, places = [], []
         for place, sample in enumerate(inputs):
             gold = gold_text(sample.fields["answer"])
-            text, boxed = extract(sample.completion)
+            text, boxed = extract(sample.completion, gold)
             if not gold:
                 scores[place] = failure(Status.UNPARSEABLE_GOLD, "the gold answer is empty")
-            elif text.strip() == gold and (boxed or not require_box):
+            elif tidy(text) == gold and (boxed or not require_box):
                 scores[place] = Score(1.0, info={"by": "string"})
             elif not boxed and (require_box or not text.strip()):
                 scores[place] = Score(0.0, info={"reason": "no boxed answer" if require_box else "no answer"})
@@ -107,16 +122,26 @@ def math_answer(*, pool: WorkerPool, timeout: float = 3.0, require_box: bool = F
 
 def _verdict(answer: Answer, gold_check: Answer | None, gold: str) -> Score:
     """The Score of a worker's answer. A timeout is the completion's, unless the gold answer alone takes too long."""
-    times = {"queue_s": answer.queue_s, "run_s": answer.run_s}
+    queue_s, run_s = answer.queue_s, answer.run_s
     if answer.status is Status.TIMEOUT:
         if gold_check is None or gold_check.status is not Status.OK or gold_check.result is None:
-            return failure(Status.UNPARSEABLE_GOLD, f"the gold answer {gold!r:.80} does not parse in time", **times)
-        return Score(0.0, info={"reason": f"the answer took too long to check: {answer.reason}"}, **times)
+            return failure(
+                Status.UNPARSEABLE_GOLD,
+                f"the gold answer {gold!r:.80} takes too long to check",
+                queue_s=queue_s,
+                run_s=run_s,
+            )
+        return Score(
+            0.0, info={"reason": f"the answer took too long to check: {answer.reason}"}, queue_s=queue_s, run_s=run_s
+        )
     if answer.status is not Status.OK:
-        return failure(answer.status, answer.reason, **times)
+        return failure(answer.status, answer.reason, queue_s=queue_s, run_s=run_s)
     if answer.result is None:
         return failure(
-            Status.UNPARSEABLE_GOLD, f"the gold answer {gold!r:.80} cannot be parsed as mathematics", **times
+            Status.UNPARSEABLE_GOLD,
+            f"the gold answer {gold!r:.80} cannot be parsed as mathematics",
+            queue_s=queue_s,
+            run_s=run_s,
         )
     value, reason = answer.result
-    return Score(float(value), info={"reason": reason} if reason else {}, **times)
+    return Score(float(value), info={"reason": reason} if reason else {}, queue_s=queue_s, run_s=run_s)

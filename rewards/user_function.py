@@ -19,7 +19,7 @@ TARGET = "rewards.user_function:make"
 
 
 def user_function(name: str, function: str, *, pool: WorkerPool, timeout: float) -> Rule:
-    """The reward `fn(completion: str, prompt, **fields) -> float | None` named by "pkg.module:fn" or "path/to/file.py:fn".
+    """The reward `fn(completion: str, prompt, **fields) -> float | None` at "pkg.module:fn" or "path/to/file.py:fn".
 
     Named parameters without a default are the data fields it needs; with **fields it gets every column. Fields reach
     it as JSON values. An exception, a non-number or NaN is an ERROR of that sample; longer than `timeout` seconds is
@@ -141,7 +141,9 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes | bytearray):
+    if isinstance(value, bytes | bytearray):
+        raise TypeError("a field of bytes cannot be handed to a reward function; store text or numbers")
+    if isinstance(value, Sequence | set | frozenset):
         return [_plain(entry) for entry in value]
     if hasattr(value, "tolist"):  # numpy
         return _plain(value.tolist())

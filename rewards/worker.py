@@ -106,6 +106,7 @@ class WorkerPool:
         while len(self._workers) < min(self._size, len(messages)):
             self._workers.append(_Worker(*self._fork(None)))
         pending = deque(range(len(messages)))
+        retried: set[int] = set()
         idle, busy = list(self._workers), dict[Connection, _Worker]()
 
         def finish(worker: _Worker, status: Status, result: Any = None, reason: str = "", broken: bool = False) -> None:
@@ -118,6 +119,14 @@ class WorkerPool:
                 worker.pid, worker.connection = self._fork(worker.pid)
             idle.append(worker)
 
+        def lost(worker: _Worker) -> None:
+            """The worker died. An item that it had not started on is not to blame: it gets another one, once."""
+            index, started = worker.index, worker.started is not None
+            finish(worker, Status.ERROR, reason="the worker process died (crash or out of memory)", broken=True)
+            if not started and index not in retried:
+                retried.add(index)
+                pending.appendleft(index)
+
         while pending or busy:
             while pending and idle:
                 worker = idle.pop()
@@ -125,8 +134,8 @@ class WorkerPool:
                 busy[worker.connection] = worker
                 try:
                     worker.connection.send_bytes(messages[worker.index])
-                except OSError as error:
-                    finish(worker, Status.ERROR, reason=f"the worker was gone ({error})", broken=True)
+                except OSError:
+                    lost(worker)
             if not busy:
                 continue
             left = min(_deadline(worker, timeout) for worker in busy.values()) - time.perf_counter()
@@ -136,7 +145,7 @@ class WorkerPool:
                 try:
                     reply = json.loads(worker.connection.recv_bytes())
                 except (EOFError, OSError):
-                    finish(worker, Status.ERROR, reason="the worker process died (crash or out of memory)", broken=True)
+                    lost(worker)
                     continue
                 if "started" in reply:
                     worker.started = time.perf_counter()
@@ -153,18 +162,24 @@ class WorkerPool:
 
     def _fork(self, old: int | None) -> tuple[int, Connection]:
         """A new worker, in the place of `old`, which is killed first."""
-        if self._nursery is not None and self._nursery.poll() is not None:
-            self._stop_nursery()  # killed from outside; its workers died with it
-        if self._nursery is None:
-            self._start()
-        assert self._control is not None
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [json.dumps({"kill": old}).encode()], [theirs.fileno()])
-        reply = self._control.recv(16, socket.MSG_WAITALL)
-        if not reply:
-            raise RuntimeError("the process that forks reward workers died while starting; see its messages on stderr")
-        return json.loads(reply), Connection(ours.detach())
+        for _ in range(2):  # a nursery killed from outside took its workers along; one that dies at the start is a bug
+            if self._nursery is not None and self._nursery.poll() is not None:
+                self._stop_nursery()
+            if self._nursery is None:
+                self._start()
+            assert self._control is not None
+            ours, theirs = socket.socketpair()
+            try:
+                with theirs:
+                    socket.send_fds(self._control, [json.dumps({"kill": old}).encode()], [theirs.fileno()])
+                reply = self._control.recv(16, socket.MSG_WAITALL)
+            except OSError:
+                reply = b""
+            if reply:
+                return json.loads(reply), Connection(ours.detach())
+            ours.close()
+            self._stop_nursery()
+        raise RuntimeError("the process that forks reward workers dies when it starts; see its messages on stderr")
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()

@@ -1,0 +1,127 @@
+"""The mapping, weights, gates, statuses of totals, the data check and the circuit breaker."""
+
+import pytest
+
+from rewards import RewardFailure, RewardInput, Score, Status, build_rewards, error_share, raise_if_failing
+from rewards.build import REGISTRY, Part, Rewards
+from rewards.rule import Rule, each
+from rewards.worker import WorkerPool
+
+
+def fixed(name_to_verdict, weights=None, gates=None):
+    """Rewards whose parts say what the table says."""
+    parts = {}
+    for name, verdict in name_to_verdict.items():
+        score = verdict if isinstance(verdict, Score | float) or verdict is None else Score(None, verdict)
+        parts[name] = Part(Rule(each(lambda _, s=score: s)), (weights or {}).get(name, 1.0), (gates or {}).get(name))
+    return Rewards(parts, WorkerPool(), 0.05)
+
+
+def total(*args, **options):
+    [score] = fixed(*args, **options).score([RewardInput("q", "c")])
+    return score
+
+
+def test_weights_parts_and_info():
+    mapping = {"exact_match": 1.0, "format_tags": {"weight": 0.2, "tags": ["answer"]}}
+    rewards = build_rewards(mapping)
+    inputs = [RewardInput("q", text, {"answer": "42"}) for text in ("<answer>42</answer>", "<answer>41</answer>", "")]
+    scores = rewards.score(inputs)
+    assert [score.value for score in scores] == pytest.approx([1.2, 0.2, 0.0])
+    assert scores[1].parts == {"exact_match": 0.0, "format_tags": 1.0}
+    assert scores[1].info["exact_match"]["status"] == "ok"
+    assert rewards.weights == {"exact_match": 1.0, "format_tags": 0.2}
+    assert rewards.score([]) == []
+
+
+def test_what_does_not_apply_is_left_out():
+    score = total({"a": 0.5, "b": None})
+    assert (score.value, score.parts) == (0.5, {"a": 0.5, "b": None})
+    assert total({"a": None, "b": None}).status is Status.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize("status", [Status.ERROR, Status.TIMEOUT, Status.UNPARSEABLE_GOLD])
+def test_a_failed_part_leaves_no_total_instead_of_a_lower_one(status):
+    score = total({"a": 1.0, "b": status})
+    assert (score.value, score.status) == (None, status)
+    assert score.parts == {"a": 1.0, "b": None}
+
+
+def test_the_worst_status_wins():
+    assert total({"a": Status.TIMEOUT, "b": Status.ERROR, "c": None}).status is Status.ERROR
+    assert total({"a": Status.UNPARSEABLE_GOLD, "b": Status.TIMEOUT}).status is Status.TIMEOUT
+    assert total({"a": Status.UNPARSEABLE_GOLD, "b": None}).status is Status.UNPARSEABLE_GOLD
+
+
+def test_a_part_of_weight_zero_is_only_watched():
+    score = total({"a": 1.0, "b": Status.ERROR}, weights={"b": 0.0})
+    assert (score.value, score.info["b"]["status"]) == (1.0, "error")
+
+
+def test_gates():
+    gates = {"brief": "right"}
+    assert total({"right": 1.0, "brief": -0.25}, gates=gates).value == 0.75
+    shut = total({"right": 0.0, "brief": -0.25}, gates=gates)
+    assert (shut.value, shut.parts["brief"], shut.info["brief"]["gate"]) == (0.0, -0.25, "shut")
+    assert total({"right": 0.0, "brief": Status.ERROR}, gates=gates).value == 0.0
+    assert total({"right": 1.0, "brief": Status.ERROR}, gates=gates).value is None
+    assert total({"right": Status.ERROR, "brief": 1.0}, weights={"right": 0.0}, gates=gates).status is Status.ERROR
+    assert total({"right": None, "brief": 1.0, "other": 0.5}, gates=gates).value == 0.5
+
+
+def test_needs_and_check():
+    rewards = build_rewards({"exact_match": 1.0, "length": {"weight": 0.1, "max": 10}})
+    assert rewards.needs() == {"answer"}
+    rewards.check({"answer", "topic"})
+    with pytest.raises(ValueError, match=r"rewards.exact_match .*'answer'.*solution"):
+        rewards.check(["solution"])
+    [score] = rewards.score([RewardInput("q", "c", {}, completion_ids=[1])])
+    assert score.status is Status.ERROR and "answer" in score.info["exact_match"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"math_anwser": 1.0}, ["math_anwser", "did you mean 'math_answer'"]),
+        ({"zzz": 1.0}, ["zzz", "known", "function"]),
+        ({"format_tags": {"tagz": ["a"]}}, ["format_tags.tagz", "did you mean 'tags'"]),
+        ({"math_answer": {"timout": 1}}, ["math_answer.timout", "did you mean 'timeout'"]),
+        ({"math_answer": {"pool": 1}}, ["math_answer.pool"]),
+        ({"math_answer": {"timeout": 0}}, ["math_answer.timeout", "0"]),
+        ({"exact_match": {"weight": "high"}}, ["exact_match.weight", "high"]),
+        ({"exact_match": {"weight": float("nan")}}, ["exact_match.weight", "nan"]),
+        ({"exact_match": True}, ["exact_match.weight", "True"]),
+        ({"exact_match": {"timeout": 2}}, ["exact_match.timeout"]),
+        ({"exact_match": 0.0}, ["weight", "0"]),
+        ({"soft_overlong": {"cache": 5}}, ["soft_overlong", "max_completion_length"]),
+        ({"exact_match": 1.0, "format_tags": {"gated_by": "exact_mach"}}, ["gated_by", "did you mean 'exact_match'"]),
+        ({"exact_match": {"gated_by": "exact_match"}}, ["gated_by"]),
+        ({"exact_match": {"function": "a:b"}}, ["exact_match", "built in"]),
+        ({}, ["rewards"]),
+    ],
+)
+def test_bad_mappings_are_one_clear_line(mapping, words):
+    if "math_answer" in mapping:
+        pytest.importorskip("math_verify")
+    with pytest.raises(ValueError) as caught:
+        build_rewards(mapping)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_circuit_breaker():
+    good, bad = Score(1.0), Score(None, Status.ERROR, info={"judge": {"status": "error", "reason": "HTTP 502"}})
+    assert error_share([good, bad]) == 0.5 and error_share([]) == 0.0
+    raise_if_failing([good, good, bad], 0.05)  # one bad sample among few must not stop a run
+    raise_if_failing([bad, bad] + [good] * 98, 0.05)
+    with pytest.raises(RewardFailure, match=r"2 of 10 .*judge: HTTP 502"):
+        raise_if_failing([bad, bad] + [good] * 8, 0.05)
+
+
+def test_every_registered_reward_resolves_and_documents_itself():
+    import importlib
+
+    for target in REGISTRY.values():
+        module, _, name = target.partition(":")
+        assert getattr(importlib.import_module(module), name).__doc__
