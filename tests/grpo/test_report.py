@@ -19,7 +19,8 @@ from grpo.log import RunLog
 from grpo.report import sample_table, write_report
 
 HOSTILE = (
-    "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> __CONFIG__ __PLOTLY__ &lt; \\u003c \u2028"
+    "</script><script>alert(1)</script><!-- <script </script\t<img src=x onerror=alert(2)> __CONFIG__ __PLOTLY__ "
+    "&lt; \\u003c \u2028"
 )
 
 
@@ -145,6 +146,7 @@ def test_what_a_model_wrote_stays_text(tmp_path: Path) -> None:
     page, data = read(tmp_path)
     assert len(page.scripts) == 3 and "img" not in {tag for tag, _ in page.tags}
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "<" not in page.scripts[0], "no tag, open or closed, can stand in the data"
     row = data["samples"][0]
     assert row[1] == row[2] == HOSTILE and HOSTILE in {column["name"] for column in data["columns"]}
     assert lines(data, "Rewards by name") == {HOSTILE: ([1], [0.5])}
