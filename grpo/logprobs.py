@@ -1,0 +1,54 @@
+"""Log-probabilities and entropies of chosen tokens from hidden states, without ever holding [R, vocab] for a batch.
+
+Logits exist for one chunk of rows at a time; the backward pass computes them again. Chunks are of fixed size, so the
+numbers do not depend on how a batch is cut into micro-batches. R: rows, d: hidden size, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+CHUNK_LOGITS = 1 << 22  # logits held at a time, 16 MiB in float32
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target, temperature):  # type: ignore[override]
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        logprobs = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for start in range(0, len(target), rows):
+            part = slice(start, start + rows)
+            log_all = torch.log_softmax((hidden[part] @ weight.T).float() / temperature, dim=-1)  # [r, V]
+            logprobs[part] = log_all.gather(1, target[part, None])[:, 0]
+            entropy[part] = -(log_all.exp() * log_all).sum(-1)
+        ctx.save_for_backward(hidden, weight, target)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):  # type: ignore[override]
+        hidden, weight, target = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, len(target), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            # d logp[target] / d logits = onehot - softmax
+            grad = torch.softmax((hidden[part] @ weight.T).float() / ctx.temperature, dim=-1).neg_()  # [r, V]
+            grad.scatter_add_(1, target[part, None], torch.ones_like(grad[:, :1]))
+            grad = (grad * (grad_logprobs[part, None] / ctx.temperature)).to(hidden.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def token_logprobs(
+    hidden: torch.Tensor, head_weight: torch.Tensor, target: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log-softmax(hidden @ head_weight.T / temperature) at `target`, and the entropy of each row.
+
+    hidden [R, d], head_weight [V, d], target [R] int64 -> logprobs [R] float32 (differentiable), entropy [R] float32
+    (no gradient).
+    """
+    return _ChunkedLogprobs.apply(hidden, head_weight, target, temperature)  # type: ignore[no-any-return]
