@@ -1,0 +1,321 @@
+"""The embedded engine: continuous batching over a paged cache of MLA latents, on any device torch has.
+
+    waiting prompts --prefill (once a prompt)--> G running samples that share its pages --decode--> completions
+
+Requests join as soon as there is room and leave as soon as they end. Pages for the longest completion a sample may
+have are set aside when it is admitted, so nothing is ever evicted. A draw depends on (seed, sample, position) alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import DeepseekV3ForCausalLM, SequenceLayout
+from model.names import load_hf_state
+from rollout.draws import sample_seeds, uniform
+from rollout.paged.decoder import PagedDecoder
+from rollout.paged.pages import PagePool
+from rollout.paged.sampler import SamplingRows, sample
+from rollout.records import Completion, SamplingParams
+
+
+@dataclass(slots=True)
+class _Request:
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    seeds: np.ndarray  # [n] uint64
+    stop: frozenset[int]
+    done: list[Completion | None] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Running:
+    request: _Request
+    index: int  # which sample of the request
+    pages: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    log_support: list[float] = field(default_factory=list)
+    experts: list[torch.Tensor] = field(default_factory=list)  # [tokens, L_moe, K] each
+
+
+class EmbeddedEngine:
+    """See rollout.engine.Engine. Also usable as a stream: `add_request`, then `step` until nothing is unfinished."""
+
+    def __init__(
+        self,
+        model: DeepseekV3ForCausalLM,
+        max_num_seqs: int = 256,
+        page_size: int = 16,
+        num_pages: int = 0,
+        exact: bool = False,
+        enable_return_routed_experts: bool = False,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        """num_pages 0: as many as max_num_seqs samples of the longest request so far need."""
+        self.model = model.eval()
+        self.max_num_seqs, self.page_size, self.num_pages = max_num_seqs, page_size, num_pages
+        self.return_routed_experts, self.exact = enable_return_routed_experts, exact
+        self.max_model_len = model.config.max_position_embeddings
+        self.eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self.decoder = PagedDecoder(model, exact)
+        self.policy_version = 0
+        self.pool = PagePool(0)
+        self.table_width = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.waiting: deque[_Request] = deque()
+        self.running: list[_Running] = []
+        self._next_id = 0
+        self._batch: _Batch | None = None  # tensors of `running`; None: to be built anew
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """See Engine. Raises ValueError for missing, unknown or misshapen tensors."""
+        assert not self.running and not self.waiting, "weights change between generations only"
+        load_hf_state(self.model, weights)
+        self.decoder.refresh()
+        self.policy_version = version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
+        for i, (prompt, p) in enumerate(zip(prompts, each)):
+            self._check(prompt, p, f"prompt {i}")  # all of them before any work
+        ids = [self.add_request(prompt, p) for prompt, p in zip(prompts, each)]
+        results: dict[int, list[Completion]] = {}
+        try:
+            while self.waiting or self.running:
+                results.update(self.step())
+        except BaseException:
+            self._abort()
+            raise
+        return [results[i] for i in ids]
+
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queues a prompt and returns its number. Raises ValueError for a bad one; other requests are not touched."""
+        self._check(prompt, params, "the prompt")
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        request = _Request(self._next_id, list(prompt), params, sample_seeds(seed, params.n), stop, [None] * params.n)
+        self._next_id += 1
+        self.waiting.append(request)
+        return request.id
+
+    def step(self) -> dict[int, list[Completion]]:
+        """Admits what fits, decodes one token of every running sample, and returns the requests that are complete."""
+        finished = self._admit()
+        if self.running:
+            finished += self._decode()
+        complete = {}
+        for sequence in finished:
+            request = sequence.request
+            if all(c is not None for c in request.done):
+                complete[request.id] = [c for c in request.done if c is not None]
+        return complete
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams, name: str) -> None:
+        vocab = self.model.config.vocab_size
+        if len(prompt) == 0:
+            raise ValueError(f"{name} has no tokens")
+        bad = [t for t in prompt if not isinstance(t, int | np.integer) or not 0 <= t < vocab]
+        if bad:
+            raise ValueError(f"{name} has the token id {bad[0]!r}; ids are whole numbers from 0 to {vocab - 1}")
+        total = len(prompt) + params.max_tokens
+        if total > self.max_model_len:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens and max_tokens is {params.max_tokens}: {total} are more than the "
+                f"context of {self.max_model_len}; shorten the prompt or max_tokens"
+            )
+        if params.n > self.max_num_seqs:
+            raise ValueError(f"{name} asks for n={params.n} samples; max_num_seqs is {self.max_num_seqs}")
+        need = self._pages_of(len(prompt), params)
+        if self.num_pages and need > self.num_pages:
+            raise ValueError(f"{name} needs {need} cache pages; num_pages is {self.num_pages}: raise it")
+
+    def _pages_of(self, prompt_length: int, params: SamplingParams) -> int:
+        """Pages of a request: the full pages of its prompt once, the rest for every sample. The last token drawn is
+        never fed back, so it needs no slot."""
+        shared = prompt_length // self.page_size
+        own = -(-(prompt_length + params.max_tokens - 1) // self.page_size) - shared
+        return shared + own * params.n
+
+    def _grow(self) -> None:
+        """With nothing running: a table and, where num_pages is free to choose, a pool for the longest request."""
+        longest = max(len(r.prompt) + r.params.max_tokens for r in self.waiting)
+        width = self.max_model_len if self.exact else -(-longest // self.page_size) * self.page_size
+        pages = self.num_pages or max(
+            self.max_num_seqs * -(-longest // self.page_size),
+            max(self._pages_of(len(r.prompt), r.params) for r in self.waiting),
+        )
+        if width > self.table_width:
+            self.table_width = width
+        if pages > len(self.pool.holders):
+            self.pool = PagePool(pages)
+            self.decoder.reserve(pages * self.page_size)
+
+    def _admit(self) -> list[_Running]:
+        if not self.waiting:
+            return []
+        if not self.running:
+            self._grow()
+        room, admitted = self.max_num_seqs - len(self.running), []
+        free = len(self.pool.free)
+        while self.waiting:
+            request = self.waiting[0]
+            need = self._pages_of(len(request.prompt), request.params)
+            too_long = len(request.prompt) + request.params.max_tokens > self.table_width
+            if request.params.n > room or need > free or too_long:
+                break
+            room, free = room - request.params.n, free - need
+            admitted.append(self.waiting.popleft())
+        if self.exact:  # one prompt at a time, so that none feels another
+            return [sequence for request in admitted for sequence in self._prefill([request])]
+        return self._prefill(admitted) if admitted else []
+
+    def _prefill(self, requests: list[_Request]) -> list[_Running]:
+        """Computes prompts once each, gives every sample its pages and draws its first token; returns what ended."""
+        size, device = self.page_size, self.model.device
+        slots, lengths, sequences, copies = [], [], [], []
+        for request in requests:
+            length = len(request.prompt)
+            full = length // size
+            shared = self.pool.take(full)
+            own = -(-(length + request.params.max_tokens - 1) // size) - full
+            for index in range(request.params.n):
+                mine = self.pool.take(own)
+                pages = (shared if index == 0 else self.pool.share(shared)) + mine
+                sequences.append(_Running(request, index, pages))
+                if index == 0:
+                    first = pages
+                elif length % size:
+                    copies.append((first[full], pages[full], length % size))
+            where = np.arange(length)
+            slots.append(np.array(first)[where // size] * size + where % size)
+            lengths.append(length)
+        cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
+        layout = SequenceLayout.from_segments(cu_seqlens).to(device)
+        ids = torch.tensor([t for r in requests for t in r.prompt], device=device)
+        hidden, experts = self.decoder.prefill(ids, layout, torch.from_numpy(np.concatenate(slots)).to(device))
+        if copies:  # the prompt's last, half-filled page: each sample goes on in a copy of its own
+            src = np.concatenate([a * size + np.arange(n) for a, _, n in copies])
+            dst = np.concatenate([b * size + np.arange(n) for _, b, n in copies])
+            with torch.inference_mode():
+                picked = self.decoder.cache[:, torch.from_numpy(src).to(device)]
+                self.decoder.cache[:, torch.from_numpy(dst).to(device)] = picked
+        if self.return_routed_experts:
+            parts = experts.to("cpu").split(lengths)
+            by_request = {r.id: part for r, part in zip(requests, parts)}
+            for sequence in sequences:
+                sequence.experts.append(by_request[sequence.request.id])
+        logits = self.decoder.logits(hidden[torch.from_numpy(cu_seqlens[1:] - 1).to(device)])  # [requests, V]
+        owner = torch.tensor([i for i, r in enumerate(requests) for _ in range(r.params.n)], device=device)
+        rows = SamplingRows.of([s.request.params for s in sequences], logits.shape[-1], device)
+        ended = self._draw(sequences, logits[owner], rows)
+        self.running += [s for s in sequences if s.pages]
+        self._batch = None
+        return ended
+
+    def _decode(self) -> list[_Running]:
+        batch = self._batch or _Batch(self)
+        hidden, experts = self.decoder.decode(*batch.inputs())
+        if self.return_routed_experts:
+            for sequence, row in zip(self.running, experts.to("cpu")):
+                sequence.experts.append(row[None])
+        ended = self._draw(self.running, self.decoder.logits(hidden), batch.rows)
+        if ended:
+            keep = [i for i, s in enumerate(self.running) if s.pages]
+            self.running = [self.running[i] for i in keep]
+            batch.keep(keep, self)
+        batch.advance([s.tokens[-1] for s in self.running])
+        self._batch = batch
+        return ended
+
+    def _draw(self, sequences: list[_Running], logits: torch.Tensor, rows: SamplingRows) -> list[_Running]:
+        """Draws the next token of each sequence; returns those that ended (their pages released)."""
+        seeds = np.array([s.request.seeds[s.index] for s in sequences], dtype=np.uint64)
+        positions = np.array([len(s.tokens) for s in sequences], dtype=np.uint64)
+        drawn = sample(logits, rows, uniform(seeds, positions))
+        ended = []
+        for sequence, token, logprob, support in zip(sequences, *(t.tolist() for t in drawn)):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            sequence.log_support.append(support)
+            request = sequence.request
+            if token in request.stop:
+                ended.append(self._finish(sequence, "stop"))
+            elif len(sequence.tokens) == request.params.max_tokens:
+                ended.append(self._finish(sequence, "length"))
+        return ended
+
+    def _finish(self, sequence: _Running, reason: Any) -> _Running:
+        routed = torch.cat(sequence.experts).numpy().astype(np.uint8 if self._narrow else np.int16) if (
+            self.return_routed_experts
+        ) else None
+        sequence.request.done[sequence.index] = Completion(
+            tuple(sequence.tokens),
+            tuple(sequence.logprobs),
+            tuple(sequence.log_support),
+            reason,
+            self.policy_version,
+            routed,
+        )
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        return sequence
+
+    @property
+    def _narrow(self) -> bool:
+        return (self.model.config.n_routed_experts or 0) <= 256
+
+    def _abort(self) -> None:
+        for sequence in self.running:
+            self.pool.release(sequence.pages)
+        self._reset()
+
+
+class _Batch:
+    """The tensors of a decode step; they change a little from step to step instead of being built anew."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self.device, running, size = engine.model.device, engine.running, engine.page_size
+        self.exact = engine.exact
+        self.table = np.zeros((len(running), engine.table_width), dtype=np.int64)  # [B, S] slot of each position
+        for row, sequence in zip(self.table, running):
+            slots = (np.array(sequence.pages)[:, None] * size + np.arange(size)).ravel()[: engine.table_width]
+            row[: len(slots)] = slots
+        self.context = torch.from_numpy(self.table).to(self.device)
+        self.positions = np.array([len(s.request.prompt) + len(s.tokens) - 1 for s in running])
+        self.tokens = [s.tokens[-1] for s in running]
+        self._settings(engine)
+
+    def _settings(self, engine: EmbeddedEngine) -> None:
+        vocab = engine.model.config.vocab_size
+        self.rows = SamplingRows.of([s.request.params for s in engine.running], vocab, self.device)
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        positions = torch.from_numpy(self.positions).to(self.device)
+        length = self.context.shape[1] if self.exact else int(self.positions.max()) + 1
+        slots = self.context.gather(1, positions[:, None])[:, 0]
+        return torch.tensor(self.tokens, device=self.device), positions, slots, self.context[:, :length]
+
+    def keep(self, rows: list[int], engine: EmbeddedEngine) -> None:
+        self.positions = self.positions[rows]
+        self.context = self.context[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+        if rows:
+            self._settings(engine)
+
+    def advance(self, tokens: list[int]) -> None:
+        self.positions = self.positions + 1
+        self.tokens = tokens

@@ -1,0 +1,45 @@
+"""The engine protocol, and how to build one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from model import DeepseekV3ForCausalLM
+from rollout.records import Completion, SamplingParams
+
+
+class Engine(Protocol):
+    """Tokens in, completions out. An engine samples with whole versions of the weights only."""
+
+    policy_version: int
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
+        """`params.n` completions of each prompt, in order. `params` is one for all prompts or one for each.
+
+        Raises ValueError that names the prompt when one is malformed or too long; then nothing was sampled.
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """Takes over a complete set of (published name, tensor); from then on completions carry `version`."""
+        ...
+
+
+def build_engine(model_or_dir: DeepseekV3ForCausalLM | str | Path, engine: str = "embedded", **options: Any) -> Engine:
+    """An engine over a model or a HF directory.
+
+    Options of "embedded": max_num_seqs, page_size, num_pages, exact, enable_return_routed_experts, eos_token_ids,
+    dtype (of a directory). Raises ValueError for an unknown engine.
+    """
+    if engine != "embedded":
+        raise ValueError(f"rollout.engine is {engine!r}; the engines are 'embedded'")
+    from rollout.embedded import EmbeddedEngine
+
+    dtype = options.pop("dtype", None)
+    if not isinstance(model_or_dir, DeepseekV3ForCausalLM):
+        model_or_dir = DeepseekV3ForCausalLM.from_pretrained(model_or_dir, dtype=dtype)
+    return EmbeddedEngine(model_or_dir, **options)
