@@ -47,6 +47,8 @@ class RunConfig(Section):
     """Steps between checkpoints; one is always written at the end. 0: only that one."""
     eval_steps: int = Field(50, ge=0)
     """Steps between greedy evaluations; there is always one at step 0 and at the end. 0: only those."""
+    eval_reward: str = ""
+    """Reward that evaluations count: an answer is right where it gives 1. Empty: the first one listed."""
     log_samples: int = Field(16, ge=0)
     """Samples a step written to samples.jsonl, whole groups first. 0: none."""
     max_restarts: int = Field(2, ge=0)
@@ -311,6 +313,17 @@ class Config(Section):
                 raise ValueError(f"rewards.{name} is {options!r}; give a weight, or a mapping with `weight` and options")
         return value
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.grpo.num_generations > self.rollout.max_num_seqs:
+            raise ValueError(
+                f"grpo.num_generations {self.grpo.num_generations} is more than rollout.max_num_seqs "
+                f"{self.rollout.max_num_seqs}; an engine samples a group at once: raise max_num_seqs"
+            )
+        if self.run.eval_reward and self.run.eval_reward not in self.rewards:
+            raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
+        return self
+
     def dump(self) -> str:
         """The resolved configuration as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
@@ -333,8 +346,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         if not path.is_file():
             raise ConfigError(f"configuration file {str(path)!r} does not exist; see configs/ for examples")
         try:
-            stem, content = path.stem, yaml.load(path.read_text(), _Loader) or {}
-        except yaml.YAMLError as err:
+            stem, content = path.stem, yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as err:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())}") from err
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must be a mapping of sections, not {type(content).__name__}")
@@ -372,7 +385,10 @@ def _override(content: dict[str, Any], override: str) -> None:
         node[name] = node = {} if child is None else child
         if not isinstance(node, dict):
             raise ConfigError(f"{override}: {name!r} is not a section")
-    node[key] = yaml.load(match[2], _Loader) if match[2] else ""
+    try:
+        node[key] = yaml.load(match[2], _Loader) if match[2] else ""
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{override}: the value is not YAML: {' '.join(str(err).split())}") from err
 
 
 def _one_line(err: ValidationError) -> str:

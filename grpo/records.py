@@ -1,6 +1,6 @@
 """Records of the loop: one frozen record per arrow.
 
-    Prompt -> (Completion) -> (Score) -> Sample -> Group -> PackedBatch -> StepStats
+    Prompt -> (Completion) -> (Score) -> Sample -> Group -> TrainingSample -> PackedBatch -> StepStats
 
 Completion belongs to rollout, Score to rewards. R: completion tokens of a batch; T: packed tokens; S: segments.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from rewards.records import Score
@@ -50,6 +51,19 @@ class Group:
 
     prompt: Prompt
     samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSample:
+    """What packing needs of a sample, or of a supervised example (advantage 1, no rollout)."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    weight: float  # of each of its tokens in the loss of the update; 0: takes no part
+    advantage: float = 1.0
+    rollout_logprobs: tuple[float, ...] = ()  # one for each completion token, or none
+    log_support: tuple[float, ...] = ()
+    routed_experts: np.ndarray | None = None  # [prompt + completion - 1, MoE layers, K]
 
 
 @dataclass(frozen=True, slots=True)

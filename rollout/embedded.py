@@ -66,7 +66,7 @@ class EmbeddedEngine:
         self.return_routed_experts, self.exact = enable_return_routed_experts, exact
         self.max_model_len = model.config.max_position_embeddings
         self.eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self.decoder = PagedDecoder(model, exact)
+        self.decoder = PagedDecoder(model, page_size, exact)
         self.policy_version = 0
         self.pool = PagePool(0)
         self.table_width = 0
@@ -154,7 +154,7 @@ class EmbeddedEngine:
     def _grow(self) -> None:
         """With nothing running: a table and, where num_pages is free to choose, a pool for the longest request."""
         longest = max(len(r.prompt) + r.params.max_tokens for r in self.waiting)
-        width = self.max_model_len if self.exact else -(-longest // self.page_size) * self.page_size
+        width = -(-self.max_model_len // self.page_size) if self.exact else -(-longest // self.page_size)
         pages = self.num_pages or max(
             self.max_num_seqs * -(-longest // self.page_size),
             max(self._pages_of(len(r.prompt), r.params) for r in self.waiting),
@@ -163,7 +163,7 @@ class EmbeddedEngine:
             self.table_width = width
         if pages > len(self.pool.holders):
             self.pool = PagePool(pages)
-            self.decoder.reserve(pages * self.page_size)
+            self.decoder.reserve(pages)
 
     def _admit(self) -> list[_Running]:
         if not self.waiting:
@@ -175,7 +175,7 @@ class EmbeddedEngine:
         while self.waiting:
             request = self.waiting[0]
             need = self._pages_of(len(request.prompt), request.params)
-            too_long = len(request.prompt) + request.params.max_tokens > self.table_width
+            too_long = len(request.prompt) + request.params.max_tokens > self.table_width * self.page_size
             if request.params.n > room or need > free or too_long:
                 break
             room, free = room - request.params.n, free - need
@@ -260,9 +260,10 @@ class EmbeddedEngine:
         return ended
 
     def _finish(self, sequence: _Running, reason: Any) -> _Running:
-        routed = torch.cat(sequence.experts).numpy().astype(np.uint8 if self._narrow else np.int16) if (
-            self.return_routed_experts
-        ) else None
+        routed = None
+        if self.return_routed_experts:
+            dtype = np.uint8 if self.model.config.n_routed_experts <= 256 else np.int16
+            routed = torch.cat(sequence.experts).numpy().astype(dtype)
         sequence.request.done[sequence.index] = Completion(
             tuple(sequence.tokens),
             tuple(sequence.logprobs),
@@ -275,10 +276,6 @@ class EmbeddedEngine:
         sequence.pages = []
         return sequence
 
-    @property
-    def _narrow(self) -> bool:
-        return (self.model.config.n_routed_experts or 0) <= 256
-
     def _abort(self) -> None:
         for sequence in self.running:
             self.pool.release(sequence.pages)
@@ -289,13 +286,12 @@ class _Batch:
     """The tensors of a decode step; they change a little from step to step instead of being built anew."""
 
     def __init__(self, engine: EmbeddedEngine) -> None:
-        self.device, running, size = engine.model.device, engine.running, engine.page_size
-        self.exact = engine.exact
-        self.table = np.zeros((len(running), engine.table_width), dtype=np.int64)  # [B, S] slot of each position
-        for row, sequence in zip(self.table, running):
-            slots = (np.array(sequence.pages)[:, None] * size + np.arange(size)).ravel()[: engine.table_width]
-            row[: len(slots)] = slots
-        self.context = torch.from_numpy(self.table).to(self.device)
+        self.device, self.page_size, self.exact = engine.model.device, engine.page_size, engine.exact
+        running = engine.running
+        table = np.zeros((len(running), engine.table_width), dtype=np.int64)
+        for row, sequence in zip(table, running):
+            row[: len(sequence.pages)] = sequence.pages
+        self.pages = torch.from_numpy(table).to(self.device)  # [B, P]
         self.positions = np.array([len(s.request.prompt) + len(s.tokens) - 1 for s in running])
         self.tokens = [s.tokens[-1] for s in running]
         self._settings(engine)
@@ -304,15 +300,15 @@ class _Batch:
         vocab = engine.model.config.vocab_size
         self.rows = SamplingRows.of([s.request.params for s in engine.running], vocab, self.device)
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Newest tokens [B], their positions [B], and as many columns of the page table as the longest one needs."""
         positions = torch.from_numpy(self.positions).to(self.device)
-        length = self.context.shape[1] if self.exact else int(self.positions.max()) + 1
-        slots = self.context.gather(1, positions[:, None])[:, 0]
-        return torch.tensor(self.tokens, device=self.device), positions, slots, self.context[:, :length]
+        used = self.pages.shape[1] if self.exact else int(self.positions.max()) // self.page_size + 1
+        return torch.tensor(self.tokens, device=self.device), positions, self.pages[:, :used].contiguous()
 
     def keep(self, rows: list[int], engine: EmbeddedEngine) -> None:
         self.positions = self.positions[rows]
-        self.context = self.context[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+        self.pages = self.pages[torch.tensor(rows, dtype=torch.int64, device=self.device)]
         if rows:
             self._settings(engine)
 

@@ -20,8 +20,9 @@ from model.rope import apply_rope
 class PagedDecoder:
     """Runs a model over cache slots; slot = page * page_size + offset. Holds the cache, not who owns which page."""
 
-    def __init__(self, model: DeepseekV3ForCausalLM, exact: bool = False) -> None:
+    def __init__(self, model: DeepseekV3ForCausalLM, page_size: int, exact: bool = False) -> None:
         self.model = model
+        self.page_size = page_size
         self.exact = exact
         config = model.config
         self.rank, self.heads, self.nope_dim = config.kv_lora_rank, config.num_attention_heads, config.qk_nope_head_dim
@@ -34,8 +35,9 @@ class PagedDecoder:
         """Takes over the model's current weights: derived matrices are computed anew."""
         self.layers = [self._derive(layer) for layer in self.model.model.layers]
 
-    def reserve(self, num_slots: int) -> None:
-        """Makes the cache hold at least num_slots slots; what was in it is lost when it grows."""
+    def reserve(self, num_pages: int) -> None:
+        """Makes the cache hold at least num_pages pages; what was in it is lost when it grows."""
+        num_slots = num_pages * self.page_size
         if self.cache.numel() == 0 or self.cache.shape[1] < num_slots:
             shape = (len(self.layers), num_slots, self.width)
             self.cache = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
@@ -79,28 +81,33 @@ class PagedDecoder:
         return self.model.model.norm(x), self._stack(chosen, x)
 
     @torch.inference_mode()
-    def decode(
-        self, input_ids: Tensor, positions: Tensor, slots: Tensor, context: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, input_ids: Tensor, positions: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
         """One token for each of B sequences -> (hidden [B, d] after the final norm, experts [B, L_moe, K]).
 
-        input_ids, positions, slots: [B] int64, the newest token, its position and its cache slot.
-        context: [B, S] int64, the slot of each position; entries beyond a sequence's position are any valid slot.
+        input_ids, positions: [B] int64, the newest token and its position. pages: [B, P] int64, the cache page of
+        each run of page_size positions; entries beyond a sequence's position are any valid page.
         """
-        model = self.model.model
+        if self.exact and len(input_ids) == 1:  # a batch of one takes other matrix kernels than a batch of many
+            twice = (x.repeat_interleave(2, 0) for x in (input_ids, positions, pages))
+            hidden, experts = self.decode(*twice)
+            return hidden[:1], experts[:1]
+        model, size = self.model.model, self.page_size
         cos, sin = model.rotary(positions)
         x = model.embed_tokens(input_ids)  # [B, d]
-        batch, length = context.shape
+        batch, length = len(pages), pages.shape[1] * size
+        slots = pages.gather(1, (positions // size)[:, None])[:, 0] * size + positions % size
         hidden_from = torch.arange(length, device=x.device)[None] > positions[:, None]  # [B, S]
         mask = torch.zeros(batch, 1, 1, length, dtype=x.dtype, device=x.device)
         mask.masked_fill_(hidden_from[:, None, None], float("-inf"))
-        flat = context.flatten()
+        flat = pages.flatten()
         chosen: list[Tensor] = []
         for index, part in enumerate(self.layers):
             layer = part["layer"]
             q_nope, q_rope, latent = self._project(part, layer.input_layernorm(x), cos, sin)
-            self.cache[index].index_copy_(0, slots, latent)
-            seen = self.cache[index].index_select(0, flat).view(batch, 1, length, self.width)  # [B, 1, S, r + d_r]
+            cache = self.cache[index]
+            cache.index_copy_(0, slots, latent)
+            # whole pages at a time: a copy of a few large pieces
+            seen = cache.view(-1, size * self.width).index_select(0, flat).view(batch, 1, length, self.width)
             query = torch.cat((self._absorb(q_nope, part["up_key"]), q_rope), dim=-1)  # [B, n_h, r + d_r]
             out = F.scaled_dot_product_attention(
                 query[:, None], seen, seen, attn_mask=mask, scale=layer.self_attn.scale

@@ -1,0 +1,223 @@
+"""The learner: FP32 master weights, AdamW, schedule, clipping; weights change only here.
+
+`step` is a GRPO step over the micro-batches of one rollout, `update` one optimiser update with any loss. A plain
+object; grpo/actors.py hosts it in a Ray actor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo.config import GRPOConfig, StageConfig
+from grpo.logprobs import token_logprobs
+from grpo.losses import LossOptions, policy_loss
+from grpo.policy import AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
+from grpo.records import PackedBatch, StepStats
+from grpo.weight_sync import Bucket, buckets
+from model import DeepseekV3ForCausalLM
+from model.checkpoint import load_weights
+from model.names import hf_state
+
+
+class Learner:
+    """Holds the policy, its optimiser and, where beta > 0, the reference policy."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        config: GRPOConfig | StageConfig,
+        dtype: str = "float32",
+        temperature: float = 1.0,
+        checkpointing: bool = False,
+        reference_dir: str | Path | None = None,
+    ) -> None:
+        """`reference_dir`: weights of the reference policy; None: model_dir. Raises ValueError for a bad directory."""
+        self.config, self.temperature = config, temperature
+        model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+        auxiliary = AuxiliaryLosses(
+            mtp_loss_weight=config.mtp_loss_weight if isinstance(config, StageConfig) else 0.0,
+            router_aux_loss_coef=config.router_aux_loss_coef,
+            router_bias_update_rate=config.router_bias_update_rate,
+        )
+        self.policy = DeepseekV3Policy(model, auxiliary, checkpointing)
+        self.reference: DeepseekV3Policy | None = None
+        if isinstance(config, GRPOConfig) and config.beta > 0:
+            frozen = DeepseekV3ForCausalLM.from_pretrained(reference_dir or model_dir, dtype=getattr(torch, dtype))
+            self.reference = DeepseekV3Policy(frozen.requires_grad_(False))
+        self.optimizer = _optimizer(self.policy, config)
+        self.updates = 0  # optimiser updates so far
+        self.policy_version = 0
+
+    def step(self, minibatches: Sequence[Sequence[PackedBatch]]) -> StepStats:
+        """One GRPO step: every mini-batch (a list of micro-batches) once in each of num_iterations passes.
+
+        With a single update the old log-probabilities are the current ones, so no pass is spent on them.
+        """
+        config = self.config
+        assert isinstance(config, GRPOConfig), f"{type(config).__name__} has no GRPO step"
+        single = len(minibatches) * config.num_iterations == 1
+        prepared = [[self._prepare(b, old=not single) for b in batches] for batches in minibatches]
+        options = LossOptions(
+            **{f.name: getattr(config, f.name) for f in dataclasses.fields(LossOptions) if f.name != "epsilon_high"},
+            epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        )
+
+        def loss_fn(
+            hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch
+        ) -> tuple[torch.Tensor, Stats]:
+            logprobs, entropy = token_logprobs(hidden[rows.source], head_weight, rows.target, self.temperature)
+            loss, stats = policy_loss(logprobs, rows, options)
+            stats["sum/entropy"] = entropy.sum()
+            return loss, stats
+
+        updates, losses, norms, lr = [], [], [], 0.0
+        for _ in range(config.num_iterations):
+            for batches in prepared:
+                loss, norm, lr, stats = self.update(batches, loss_fn)
+                updates.append(stats)
+                losses.append(loss)
+                norms.append(norm)
+        self.policy_version += 1
+        metrics = _combine(updates)
+        metrics |= {"loss": _mean(losses), "grad_norm": _mean(norms), "learning_rate": lr}
+        return StepStats(self.policy_version, metrics)
+
+    def update(self, batches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, float, float, Stats]:
+        """One optimiser update -> (loss, gradient norm before clipping, learning rate, summed statistics)."""
+        loss, stats = self.policy.forward_backward(batches, loss_fn)
+        master = self.policy.master
+        norm = torch.nn.utils.clip_grad_norm_(master, self.config.max_grad_norm or math.inf, foreach=True)
+        lr = self.learning_rate(self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.publish()
+        self.updates += 1
+        return loss, float(norm), lr, _sum(stats)
+
+    def learning_rate(self, update: int) -> float:
+        """Of the update with this number, from 0: linear warm-up, then constant, linear or cosine decay."""
+        config = self.config
+        per_step = config.updates_per_step if isinstance(config, GRPOConfig) else 1
+        warmup, total = config.warmup_steps * per_step, config.max_steps * per_step
+        if update < warmup:
+            return config.learning_rate * (update + 1) / warmup
+        done = min((update - warmup) / max(total - warmup, 1), 1.0)
+        end = config.lr_end_ratio
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        share = shape[config.lr_scheduler_type]
+        return config.learning_rate * (share if config.lr_scheduler_type == "constant" else end + (1 - end) * share)
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch, policy: DeepseekV3Policy | None = None) -> torch.Tensor:
+        """[R] float32: log-probabilities of a batch's targets, without gradient."""
+        policy = policy or self.policy
+        hidden = policy.hidden(batch)[batch.source]
+        return token_logprobs(hidden, policy.model.lm_head.weight, batch.target, self.temperature)[0]
+
+    def _prepare(self, batch: PackedBatch, old: bool) -> PackedBatch:
+        return dataclasses.replace(
+            batch,
+            old_logprobs=self.logprobs(batch) if old else None,
+            ref_logprobs=None if self.reference is None else self.logprobs(batch, self.reference),
+        )
+
+    def weights(self) -> list[Bucket]:
+        """The whole policy under published names, ready to travel; carries the policy version."""
+        return list(buckets(hf_state(self.policy.model), self.policy_version))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a HF model directory and `train_state/`: what `load` needs to go on exactly as if never stopped."""
+        directory = Path(directory)
+        self.policy.model.save_pretrained(directory)
+        state = directory / "train_state"
+        state.mkdir(exist_ok=True)
+        tensors = {}
+        for name, master in zip(self.policy.names, self.policy.master):
+            tensors |= {f"{name}|{key}": value for key, value in self.optimizer.state.get(master, {}).items()}
+            if master.dtype != self.policy.model.dtype:
+                tensors[f"{name}|master"] = master.detach()
+        save_file({key: value.contiguous() for key, value in tensors.items()}, state / "optimizer.safetensors")
+        numbers = {"updates": self.updates, "policy_version": self.policy_version}
+        (state / "learner.json").write_text(json.dumps(numbers))
+
+    def load(self, directory: str | Path) -> None:
+        """Goes on from what `save` wrote. Raises ValueError for a directory without training state."""
+        directory = Path(directory)
+        state = directory / "train_state"
+        if not (state / "learner.json").is_file():
+            raise ValueError(f"{directory} has no train_state/learner.json; it is no training checkpoint")
+        load_weights(self.policy.model, directory)
+        tensors = load_file(state / "optimizer.safetensors")
+        for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
+            if parameter is not master:
+                master.data.copy_(tensors.pop(f"{name}|master"))
+            values = {k.split("|")[1]: v for k, v in tensors.items() if k.split("|")[0] == name}
+            if values:
+                self.optimizer.state[master] = values
+        numbers = json.loads((state / "learner.json").read_text())
+        self.updates, self.policy_version = numbers["updates"], numbers["policy_version"]
+
+
+def nll_loss(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:
+    """Next-token loss of supervised stages: minus the weighted log-probabilities of the targets."""
+    logprobs, entropy = token_logprobs(hidden[rows.source], head_weight, rows.target)
+    stats = {"sum/nll": -logprobs.detach().sum(), "sum/rows": torch.tensor(len(logprobs)), "sum/entropy": entropy.sum()}
+    return -(logprobs * rows.weights).sum(), stats
+
+
+def _optimizer(policy: DeepseekV3Policy, config: GRPOConfig | StageConfig) -> torch.optim.AdamW:
+    matrices = [p for p in policy.master if p.dim() > 1]
+    vectors = [p for p in policy.master if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+
+
+def _sum(stats: Iterable[Stats]) -> Stats:
+    """`sum/...` added up and `max/...` maximised."""
+    total: Stats = {}
+    for stat in stats:
+        for key, value in stat.items():
+            if key in total:
+                value = torch.maximum(total[key], value) if key.startswith("max/") else total[key] + value
+            total[key] = value
+    return total
+
+
+def _combine(updates: Sequence[Stats]) -> dict[str, float]:
+    """Metrics under TRL's names, means over the tokens of a step."""
+    stats = {key: float(value) for key, value in _sum(updates).items()}
+    tokens, rows = max(stats["sum/tokens"], 1.0), max(stats["sum/rows"], 1.0)
+    low, high = stats["sum/clip_low"] / tokens, stats["sum/clip_high"] / tokens
+    metrics = {
+        "entropy": stats["sum/entropy"] / rows,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+        # against the rollout's numbers the first update alone counts: later ones have moved on
+        "sampling/sampling_logp_difference/mean": float(updates[0]["sum/logp_difference"])
+        / max(float(updates[0]["sum/rows"]), 1.0),
+        "sampling/sampling_logp_difference/max": float(updates[0]["max/logp_difference"]),
+    }
+    if "sum/kl" in stats:
+        metrics["kl"] = stats["sum/kl"] / tokens
+    if "sum/is_ratio" in stats:
+        metrics["sampling/importance_sampling_ratio/mean"] = stats["sum/is_ratio"] / tokens
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

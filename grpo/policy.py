@@ -1,0 +1,119 @@
+"""The policy as the learner sees it: packed rows in, log-probabilities and gradients out.
+
+The learner knows this interface, not the architecture. Auxiliary losses that belong to the architecture (multi-token
+prediction, balance) are added here, with normalisers of the whole update, so gradients do not depend on the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grpo.records import PackedBatch
+from model import DeepseekV3ForCausalLM, SequenceLayout
+from model.moe import balanced_bias, sequence_balance_loss
+from model.mtp import mtp_loss
+
+Stats = dict[str, torch.Tensor]
+# (hidden [T, d], head_weight [V, d], rows) -> (loss, statistics)
+LossFn = Callable[[torch.Tensor, torch.Tensor, PackedBatch], tuple[torch.Tensor, Stats]]
+
+
+@dataclass(frozen=True, slots=True)
+class AuxiliaryLosses:
+    """Weights of the losses that the architecture brings; 0: not computed."""
+
+    mtp_loss_weight: float = 0.0
+    router_aux_loss_coef: float = 0.0
+    router_bias_update_rate: float = 0.0
+
+
+class DeepseekV3Policy:
+    """DeepSeek-V3 in one process. Gradients accumulate in FP32 in `master`, whatever dtype the model computes in."""
+
+    def __init__(
+        self, model: DeepseekV3ForCausalLM, auxiliary: AuxiliaryLosses | None = None, checkpointing: bool = False
+    ) -> None:
+        self.model = model.train()
+        self.model.model.gradient_checkpointing = checkpointing
+        self.auxiliary = auxiliary or AuxiliaryLosses()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        # an FP32 model is its own master copy
+        self.master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
+
+    def forward_backward(self, microbatches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, list[Stats]]:
+        """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and the statistics."""
+        total_rows = sum(len(b.target) for b in microbatches)
+        total_samples = sum(b.num_samples for b in microbatches)
+        loss_sum, stats, counts = 0.0, [], None
+        for batch in microbatches:
+            loss, stat, count = self._loss(batch, loss_fn, total_rows, total_samples)
+            if loss.requires_grad:
+                loss.backward()
+            self._collect()
+            loss_sum += float(loss.detach())
+            stats.append(stat)
+            counts = count if counts is None or count is None else counts + count
+        if counts is not None:
+            self._balance(counts)
+        return loss_sum, stats
+
+    def _loss(
+        self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
+    ) -> tuple[torch.Tensor, Stats, torch.Tensor | None]:
+        model, aux = self.model, self.auxiliary
+        layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
+        out = model.forward_packed(
+            batch.input_ids,
+            layout,
+            batch.routed_experts,
+            output_routing=aux.router_bias_update_rate > 0,
+            output_router_scores=aux.router_aux_loss_coef > 0,
+        )
+        loss, stats = loss_fn(out.hidden, model.lm_head.weight, batch)
+        if aux.mtp_loss_weight > 0 and len(model.mtp_layers):
+            counted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+            # the token after a row's source is its target; the last target of a sample is not in the packed row
+            inside = batch.source + 1 < len(counted)
+            following = (batch.source + 1)[inside]
+            counted[following[batch.input_ids[following] == batch.target[inside]]] = True
+            mtp = mtp_loss(model, out.hidden, batch.input_ids, layout, detach=False, target_mask=counted)
+            stats["sum/mtp_loss"] = mtp.loss_sum.detach().mean()
+            loss = loss + aux.mtp_loss_weight * mtp.loss_sum.mean() / total_rows  # equations 24, 25
+        for scores in out.router_scores or ():
+            balance = sequence_balance_loss(
+                scores, layout.segment_ids, len(batch.parent), model.config.num_experts_per_tok
+            )
+            loss = loss + aux.router_aux_loss_coef * balance * batch.num_samples / total_samples
+        return loss, stats, out.expert_counts
+
+    def _collect(self) -> None:
+        for parameter, master in zip(self.parameters, self.master):
+            if parameter is not master and parameter.grad is not None:
+                grad = parameter.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _balance(self, counts: torch.Tensor) -> None:
+        """Auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2) by the expert counts [L_moe, E] of the update."""
+        moe = [layer.mlp for layer in self.model.model.layers if layer.is_moe]
+        for block, count in zip(moe, counts):
+            bias = block.gate.e_score_correction_bias
+            bias.copy_(balanced_bias(bias, count, self.auxiliary.router_bias_update_rate))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copies the master weights into the model that computes."""
+        for parameter, master in zip(self.parameters, self.master):
+            if parameter is not master:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """[T, d] without gradient."""
+        layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
+        return self.model.forward_packed(batch.input_ids, layout, batch.routed_experts).hidden
