@@ -17,7 +17,9 @@ import torch
 from grpo.records import PackedBatch, TrainingSample
 
 
-def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int) -> list[PackedBatch]:
+def pack(
+    groups: Sequence[Sequence[TrainingSample]], max_tokens: int, keep_last: bool = False
+) -> list[PackedBatch]:
     """Micro-batches of at most max_tokens packed tokens each (a longer sample has one of its own), in order.
 
     The samples of a group have the same prompt. Raises ValueError for a sample without prompt or completion tokens.
@@ -32,7 +34,7 @@ def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int) -> list[Pa
                 room = max_tokens
             batches[-1].append(piece)
             room -= size
-    return [_assemble(pieces) for pieces in batches if pieces]
+    return [_assemble(pieces, keep_last) for pieces in batches if pieces]
 
 
 def _tokens(group: Sequence[TrainingSample]) -> int:
@@ -53,7 +55,7 @@ def _split(group: list[TrainingSample], max_tokens: int) -> list[list[TrainingSa
     return pieces
 
 
-def _assemble(groups: Sequence[Sequence[TrainingSample]]) -> PackedBatch:
+def _assemble(groups: Sequence[Sequence[TrainingSample]], keep_last: bool) -> PackedBatch:
     ids: list[int] = []
     positions, sources, lengths, parents, routes = [], [], [], [], []
     samples = [sample for group in groups for sample in group]
@@ -70,13 +72,13 @@ def _assemble(groups: Sequence[Sequence[TrainingSample]]) -> PackedBatch:
             positions.append(np.arange(shared))
             routes.append(None if group[0].routed_experts is None else group[0].routed_experts[:shared])
         for sample in group:
-            own = [*prompt[shared:], *sample.completion_ids[:-1]]
-            start = len(ids)
+            own = [*prompt[shared:], *sample.completion_ids[: None if keep_last else -1]]
+            start = len(ids) + len(prompt) - shared - 1  # of the last prompt token, which predicts the first target
             ids += own
             lengths.append(len(own))
             parents.append(parent)
             positions.append(np.arange(shared, shared + len(own)))
-            sources.append(np.arange(start + len(own) - len(sample.completion_ids), start + len(own)))
+            sources.append(np.arange(start, start + len(sample.completion_ids)))
             routes.append(None if sample.routed_experts is None else sample.routed_experts[shared:])
     counts = np.array([len(s.completion_ids) for s in samples])
 

@@ -76,10 +76,7 @@ class DeepseekV3Policy:
         loss, stats = loss_fn(out.hidden, model.lm_head.weight, batch)
         if aux.mtp_loss_weight > 0 and len(model.mtp_layers):
             counted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-            # the token after a row's source is its target; the last target of a sample is not in the packed row
-            inside = batch.source + 1 < len(counted)
-            following = (batch.source + 1)[inside]
-            counted[following[batch.input_ids[following] == batch.target[inside]]] = True
+            counted[batch.source + 1] = True  # rows are packed with keep_last: the token after a source is its target
             mtp = mtp_loss(model, out.hidden, batch.input_ids, layout, detach=False, target_mask=counted)
             stats["sum/mtp_loss"] = mtp.loss_sum.detach().mean()
             loss = loss + aux.mtp_loss_weight * mtp.loss_sum.mean() / total_rows  # equations 24, 25

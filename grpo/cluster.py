@@ -1,0 +1,233 @@
+"""Placement: the roles of a run in this process, or as Ray actors; and what happens when one of them dies.
+
+`Cluster` gives the loop five verbs. A rollout or reward actor that dies is built anew, brought to the current weights
+and asked again: draws depend on seeds alone, so the answer is the one the dead actor would have given. A dead learner
+takes its optimiser with it: the run stops, and goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from grpo.config import Config
+from grpo.records import PackedBatch, StepStats
+from grpo.roles import build_role
+from rewards import RewardInput, Score
+from rollout import Completion, SamplingParams
+
+
+class RunFailure(RuntimeError):
+    """The run cannot go on; the message is one line for the user."""
+
+
+class Pending(Protocol):
+    """The answer to a call, perhaps not there yet. May be passed on as an argument of another call."""
+
+    def result(self) -> Any: ...
+
+
+class Backend(Protocol):
+    """Where roles live."""
+
+    def call(self, role: str, method: str, *args: Any) -> Pending: ...
+
+    def close(self) -> None: ...
+
+
+class Cluster:
+    """The roles of a run, behind the verbs of the loop."""
+
+    def __init__(self, config: Config, model_dir: str, reference_dir: str) -> None:
+        """Builds every role. `model_dir`: the policy's weights; `reference_dir`: those of the KL reference."""
+        self.engines = [f"rollout-{i}" for i in range(config.rollout.num_workers)]
+        roles = ["learner", *self.engines, "rewards"]
+        dirs = {"model": str(model_dir), "reference": str(reference_dir)}
+        kind = Inline if config.run.cluster == "inline" else Remote
+        self.backend: Backend = kind(config, roles, dirs)
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+        """Completions of each prompt, in order. Engines take equal contiguous shares, always the same ones."""
+        shares = np.array_split(np.arange(len(prompts)), len(self.engines))
+        pending = [
+            self.backend.call(engine, "generate", [prompts[i] for i in share], [params[i] for i in share])
+            for engine, share in zip(self.engines, shares)
+            if len(share)
+        ]
+        return [group for part in pending for group in part.result()]
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
+        return self.backend.call("rewards", "score", inputs).result()
+
+    def learn(self, minibatches: Sequence[Sequence[PackedBatch]]) -> StepStats:
+        return self.backend.call("learner", "step", minibatches).result()
+
+    def sync_weights(self, version: int) -> None:
+        """The learner's weights to every engine; they travel from process to process, not through this one."""
+        buckets = self.backend.call("learner", "weights")
+        pending = [self.backend.call(engine, "load_weights", buckets, version) for engine in self.engines]
+        taken = [p.result() for p in pending]
+        assert taken == [version] * len(taken), f"{taken=} {version=}"
+
+    def save(self, directory: str) -> None:
+        self.backend.call("learner", "save", directory).result()
+
+    def load(self, directory: str) -> int:
+        """The learner goes on from a checkpoint, the engines follow; returns the policy version."""
+        self.backend.call("learner", "load", directory).result()
+        version = self.backend.call("learner", "weights").result()[0].version
+        self.sync_weights(version)
+        return version
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Done:
+    """A call that has been answered."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def result(self) -> Any:
+        return self.value
+
+
+class Inline:
+    """All roles in this process."""
+
+    def __init__(self, config: Config, roles: Sequence[str], dirs: dict[str, str]) -> None:
+        self.roles = {role: build_role(role, config, dirs) for role in roles}
+
+    def call(self, role: str, method: str, *args: Any) -> Done:
+        values = [arg.result() if isinstance(arg, Done) else arg for arg in args]
+        return Done(getattr(self.roles[role], method)(*values))
+
+    def close(self) -> None:
+        self.roles["rewards"].close()
+
+
+class Remote:
+    """Roles as Ray actors: one each, or one for all."""
+
+    def __init__(self, config: Config, roles: Sequence[str], dirs: dict[str, str]) -> None:
+        self.ray = start_ray(config.run.cluster)
+        from grpo.actors import start_host  # needs Ray
+
+        self.restarts_left = config.run.max_restarts
+        self.weights: tuple[Any, int] | None = None  # arguments of the last load_weights
+        colocated = config.run.placement == "colocated"
+        self.hosts: dict[str, Any] = {}  # role -> actor
+        self.start: dict[str, Callable[[], Any]] = {}  # role -> builds its actor
+        prefix = f"{config.run.name}-{os.getpid()}"
+        if colocated:
+            actor = start_host("colocated", f"{prefix}-colocated", roles, config, dirs)
+            self.hosts = dict.fromkeys(roles, actor)
+        else:
+            for role in roles:
+                kind = role.split("-")[0]
+                attempts = iter(range(1 + config.run.max_restarts))
+                self.start[role] = lambda role=role, kind=kind, attempts=attempts: start_host(
+                    kind, f"{prefix}-{role}-{next(attempts)}", [role], config, dirs
+                )
+                self.hosts[role] = self.start[role]()
+        # building an actor reports its errors here, not in the middle of the first step
+        self._get([actor.pid.remote() for actor in set(self.hosts.values())], "a process of the run")
+
+    def call(self, role: str, method: str, *args: Any) -> RemoteCall:
+        refs = [arg.ref if isinstance(arg, RemoteCall) else arg for arg in args]
+        if method == "load_weights":
+            self.weights = (refs[0], refs[1])
+        return RemoteCall(self, role, method, refs)
+
+    def revive(self, role: str) -> None:
+        """A new actor for a dead rollout or reward role, with the current weights; RunFailure where that cannot help."""
+        if role == "learner" or role not in self.start:
+            raise RunFailure(f"the {role} process died")
+        if self.restarts_left == 0:
+            raise RunFailure(f"the {role} process died once more; run.max_restarts are used up")
+        self.restarts_left -= 1
+        self.hosts[role] = self.start[role]()
+        if role.startswith("rollout") and self.weights is not None:
+            self._get(self.hosts[role].call.remote(role, "load_weights", *self.weights), role)
+
+    def _get(self, refs: Any, who: str) -> Any:
+        try:
+            return self.ray.get(refs)
+        except self.ray.exceptions.RayTaskError as err:
+            raise _cause(err) from err
+        except self.ray.exceptions.RayActorError as err:
+            raise RunFailure(f"{who} died while it started: {' '.join(str(err).split())[:300]}") from err
+
+    def close(self) -> None:
+        for actor in set(self.hosts.values()):
+            self.ray.kill(actor)
+        self.ray.shutdown()
+
+
+class RemoteCall:
+    """A call to an actor. The reference is what other calls get: data goes from actor to actor."""
+
+    def __init__(self, backend: Remote, role: str, method: str, args: Sequence[Any]) -> None:
+        self.backend, self.role, self.method, self.args = backend, role, method, args
+        self._send()
+
+    def _send(self) -> None:
+        self.host = self.backend.hosts[self.role]
+        self.ref = self.host.call.remote(self.role, self.method, *self.args)
+
+    def result(self) -> Any:
+        """Raises what the role raised, or RunFailure where its process is gone for good."""
+        errors = self.backend.ray.exceptions
+        while True:
+            try:
+                return self.backend.ray.get(self.ref)
+            except errors.RayTaskError as err:
+                cause = _cause(err)
+                if isinstance(cause, errors.RayActorError):  # an argument came from an actor that died
+                    raise RunFailure("the learner process died") from err
+                raise cause from err
+            except errors.RayActorError:
+                if self.host is self.backend.hosts[self.role]:
+                    self.backend.revive(self.role)
+                self._send()
+            except errors.RayError as err:
+                raise RunFailure(f"{self.role}.{self.method} was lost: {' '.join(str(err).split())[:300]}") from err
+
+
+def start_ray(address: str) -> Any:
+    """The ray module, connected to a new local cluster ("ray") or to a running one. Raises ValueError without Ray."""
+    try:
+        import ray
+    except ImportError as err:
+        raise ValueError(
+            f"run.cluster is {address!r}, but Ray is not installed; pip install 'grpo-v3[ray]', or --run.cluster=inline"
+        ) from err
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, else it warns
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "grpo"}
+    if address == "ray" and "RAY_ADDRESS" not in os.environ:
+        ray.init(include_dashboard=False, **options)
+    else:
+        try:
+            ray.init(address="auto" if address == "ray" else address, **options)
+        except (ConnectionError, RuntimeError) as err:
+            raise ValueError(
+                f"run.cluster {address!r}: no Ray cluster answers ({' '.join(str(err).split())[:200]}); "
+                "start one with `ray start --head`, or use run.cluster: ray for a local one"
+            ) from err
+    return ray
+
+
+def _cause(err: Any) -> BaseException:
+    """The exception that a role raised, out of Ray's wrapping."""
+    return err.cause if isinstance(getattr(err, "cause", None), BaseException) else err

@@ -1,0 +1,77 @@
+"""What the actors host: plain objects built from a configuration. The learner is grpo.learner.Learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.config import Config
+from grpo.learner import Learner
+from grpo.weight_sync import Bucket, unpack
+from rewards import RewardInput, Score, build_rewards
+from rollout import Completion, SamplingParams, build_engine
+
+
+class RolloutRole:
+    """An engine, and the receiving end of the weight sync."""
+
+    def __init__(self, config: Config, model_dir: str) -> None:
+        rollout = config.rollout
+        self.engine = build_engine(
+            model_dir,
+            rollout.engine,
+            dtype=getattr(torch, config.model.dtype),
+            max_num_seqs=rollout.max_num_seqs,
+            page_size=rollout.page_size,
+            num_pages=rollout.num_pages,
+            exact=rollout.exact,
+            enable_return_routed_experts=rollout.replay_routing,
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
+        return self.engine.generate(prompts, params)
+
+    def load_weights(self, buckets: Sequence[Bucket], version: int) -> int:
+        """Takes over a whole version; returns it. Raises ValueError if the buckets are not that version."""
+        if buckets[0].version != version:
+            raise ValueError(f"weights of version {buckets[0].version} came where {version} was expected")
+        self.engine.load_weights(unpack(buckets), version)
+        return self.engine.policy_version
+
+
+class RewardRole:
+    """The rewards of a run."""
+
+    def __init__(self, config: Config) -> None:
+        self.rewards = build_rewards(config.rewards)
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
+        return self.rewards.score(inputs)
+
+    def close(self) -> None:
+        self.rewards.close()
+
+
+def learner_role(config: Config, model_dir: str, reference_dir: str) -> Learner:
+    return Learner(
+        model_dir,
+        config.grpo,
+        dtype=config.model.dtype,
+        temperature=config.rollout.temperature,
+        checkpointing=config.model.gradient_checkpointing,
+        reference_dir=Path(reference_dir),
+    )
+
+
+def build_role(name: str, config: Config, dirs: dict[str, str]) -> Any:
+    """The object behind a role name: "learner", "rewards" or "rollout-<n>". `dirs`: "model" and "reference"."""
+    torch.set_num_threads(config.run.threads)
+    if name == "learner":
+        return learner_role(config, dirs["model"], dirs["reference"])
+    if name == "rewards":
+        return RewardRole(config)
+    assert name.startswith("rollout-"), f"{name=}"
+    return RolloutRole(config, dirs["model"])
