@@ -1,0 +1,13 @@
+"""GRPO for mixture-of-experts models of the DeepSeek-V3 family: the algorithm, the learner, the loop, the command line."""
+
+from typing import Any
+
+__all__ = ["GRPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:  # so that `import grpo.config` does not load torch
+    if name == "GRPOTrainer":
+        from grpo.trainer import GRPOTrainer
+
+        return GRPOTrainer
+    raise AttributeError(f"module 'grpo' has no attribute {name!r}")

@@ -7,13 +7,22 @@ takes its optimiser with it: the run stops, and goes on from its last checkpoint
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shlex
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
+import yaml
 
 from grpo.config import Config
+from grpo.prepare import model_spec
 from grpo.records import PackedBatch, StepStats
 from grpo.roles import build_role
 from rewards import RewardInput, Score
@@ -41,10 +50,13 @@ class Backend(Protocol):
 class Cluster:
     """The roles of a run, behind the verbs of the loop."""
 
-    def __init__(self, config: Config, model_dir: str, reference_dir: str) -> None:
-        """Builds every role. `model_dir`: the policy's weights; `reference_dir`: those of the KL reference."""
+    def __init__(self, config: Config, model_dir: str | Path, reference_dir: str | Path, learner: bool = True) -> None:
+        """Builds every role. `model_dir`: the policy's weights; `reference_dir`: those of the KL reference.
+
+        Raises ValueError where Ray is asked for and not there, RunFailure where a process dies on the way.
+        """
         self.engines = [f"rollout-{i}" for i in range(config.rollout.num_workers)]
-        roles = ["learner", *self.engines, "rewards"]
+        roles = [*(["learner"] if learner else []), *self.engines, "rewards"]
         dirs = {"model": str(model_dir), "reference": str(reference_dir)}
         kind = Inline if config.run.cluster == "inline" else Remote
         self.backend: Backend = kind(config, roles, dirs)
@@ -231,3 +243,46 @@ def start_ray(address: str) -> Any:
 def _cause(err: Any) -> BaseException:
     """The exception that a role raised, out of Ray's wrapping."""
     return err.cause if isinstance(getattr(err, "cause", None), BaseException) else err
+
+
+def submit_job(config: Config, address: str) -> int:
+    """Runs `grpo train` as a Ray job, prints its log as it comes, and returns its exit code.
+
+    Paths of the configuration are made absolute: the cluster must see the same files (one machine, or a shared file
+    system) and have this package installed. Raises ValueError where no cluster answers.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as err:
+        raise ValueError(f"--address {address}: no Ray cluster answers; start one with `ray start --head`") from err
+    sections = config.model_dump(mode="json")
+    for section, key in (("run", "output_dir"), ("model", "path"), ("data", "path"), ("data", "eval_path")):
+        if sections[section][key]:
+            sections[section][key] = str(Path(sections[section][key]).resolve())
+    if isinstance(sections["model"]["init"], str):
+        sections["model"]["init"] = model_spec(sections["model"]["init"])
+    local = urlsplit(address if "//" in address else f"//{address}").hostname in ("localhost", "127.0.0.1", "::1")
+    python = sys.executable if local else "python3"
+    with tempfile.TemporaryDirectory() as folder:
+        name = f"{config.run.name}.yaml"
+        (Path(folder) / name).write_text(yaml.safe_dump(sections, sort_keys=False))
+        entrypoint = f"{shlex.quote(python)} -m grpo.cli train {shlex.quote(name)}"
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
+    print(f"job {job} on {address}", flush=True)
+
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    asyncio.run(follow())
+    info = client.get_job_info(job)
+    while not info.status.is_terminal():  # the log ends a moment before the status says so
+        time.sleep(0.5)
+        info = client.get_job_info(job)
+    code = info.driver_exit_code
+    if code is None:
+        print(f"error: job {job} ended as {info.status}: {info.message}", file=sys.stderr)
+        return 1
+    return code

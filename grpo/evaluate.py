@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from math import comb
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grpo.checkpoint import last_checkpoint
 from grpo.cluster import Cluster
-from grpo.config import Config
+from grpo.config import Config, ConfigError, load_config
+from grpo.prepare import prepare
 from grpo.records import Prompt
 from grpo.steps import reward_inputs
 from rewards import Score
@@ -67,3 +70,29 @@ def pass_at_k(
 def unbiased_pass(n: int, correct: int, k: int) -> float:
     """1 - C(n - c, k) / C(n, k): the chance that k of n samples, c of them right, hold a right one."""
     return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def evaluate_policy(source: str, overrides: Sequence[str], n: int, ks: Sequence[int]) -> dict[str, Any]:
+    """What `grpo eval` prints. `source`: a YAML, or a run directory, whose last checkpoint is evaluated.
+
+    Raises ValueError for bad input.
+    """
+    run_dir, model_dir = Path(source), None
+    if run_dir.is_dir():
+        if not (run_dir / "config.yaml").is_file():
+            raise ConfigError(f"{source!r} is neither a YAML file nor a run directory (no config.yaml)")
+        found = last_checkpoint(run_dir)
+        if found is None:
+            raise ConfigError(f"{source!r} has no whole checkpoint yet; give a configuration with model.path instead")
+        model_dir = found[0]
+        overrides = [*overrides, f"--run.output_dir={source}"]
+        source = str(run_dir / "config.yaml")
+    config = load_config(source, ["--run.cluster=inline", *overrides])
+    prepared = prepare(config)
+    if not prepared.held_out:
+        raise ConfigError("there are no held-out prompts; set data.eval_path, or data.holdout above 0")
+    model_dir = model_dir or prepared.model_dir
+    with Cluster(config, model_dir, model_dir, learner=False) as cluster:
+        greedy = accuracy(config, cluster, prepared.held_out, prepared.tokenizer)
+        sampled = pass_at_k(config, cluster, prepared.held_out, prepared.tokenizer, n, ks)
+    return {"model": str(model_dir), "prompts": len(prepared.held_out), "greedy_accuracy": greedy, **sampled}

@@ -1,0 +1,173 @@
+"""The command line: `grpo COMMAND --help`. Bad input ends with exit code 2 and one line, a failed run with 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__)
+model_app = typer.Typer(no_args_is_help=True, help="Make models.")
+rewards_app = typer.Typer(no_args_is_help=True, help="Rewards.")
+app.add_typer(model_app, name="model")
+app.add_typer(rewards_app, name="rewards")
+
+# `--section.key=value` is taken by grpo.config, not by typer
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    ctx: typer.Context,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")] = None,
+    resume: Annotated[str, typer.Option(metavar="RUN_DIR", help="Go on with a run from its last checkpoint.")] = "",
+) -> None:
+    """Train with GRPO: one process, a local Ray cluster or a running one, as run.cluster says.
+
+    Example: grpo train configs/smoke.yaml --grpo.max_steps=100 --run.cluster=inline
+    """
+    if config is not None and config.startswith("--"):  # only overrides were given
+        ctx.args.insert(0, config)
+        config = None
+    from grpo.trainer import GRPOTrainer
+
+    result = GRPOTrainer(config, ctx.args, resume).train()
+    if result.accuracy_before is not None and result.accuracy_after is not None:
+        before, after = 100 * result.accuracy_before, 100 * result.accuracy_after
+        print(f"held-out greedy accuracy: {before:.1f} % before, {after:.1f} % after ({after - before:+.1f} points)")
+    print(f"{result.seconds:.0f} s; report: {result.report}")
+
+
+@app.command(context_settings=OVERRIDES)
+def sft(ctx: typer.Context, config: ConfigPath) -> None:
+    """Supervised fine-tuning on data.completion_column or data.completion_template; writes a model to run.output_dir.
+
+    Example: grpo sft configs/smoke.yaml --run.output_dir=runs/sft --sft.max_steps=500
+    """
+    _stage(ctx, config, "run_sft")
+
+
+@app.command(context_settings=OVERRIDES)
+def pretrain(ctx: typer.Context, config: ConfigPath) -> None:
+    """Next-token training on packed text (data.text_column); writes a model to run.output_dir.
+
+    Example: grpo pretrain configs/pretrain.yaml --data.path=corpus.jsonl --pretrain.max_steps=2000
+    """
+    _stage(ctx, config, "run_pretrain")
+
+
+def _stage(ctx: typer.Context, path: str, name: str) -> None:
+    from grpo import stages
+    from grpo.config import load_config
+    from grpo.prepare import fresh_run_dir, model_directory
+
+    config = load_config(path, ctx.args)
+    model_dir = model_directory(config)
+    out = fresh_run_dir(config)
+    getattr(stages, name)(config, model_dir, out)
+    print(f"model: {out}")
+
+
+@app.command("eval", context_settings=OVERRIDES)
+def evaluate(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="CONFIG|RUN_DIR", help="YAML file, or a run: its last checkpoint.")],
+    n: Annotated[int, typer.Option(min=1, help="Samples for each prompt.")] = 8,
+    k: Annotated[str, typer.Option(help="Values of k for pass@k, with commas.")] = "1,8",
+) -> None:
+    """pass@1, pass@k and maj@n of a policy on the held-out data, and its greedy accuracy, as JSON.
+
+    Example: grpo eval runs/smoke --n 16 --k 1,4,16
+    """
+    from grpo.config import ConfigError
+
+    parts = k.split(",")
+    if not all(part.strip().isdigit() and 1 <= int(part) <= n for part in parts):
+        raise ConfigError(f"--k {k!r} must be numbers from 1 to --n {n}, with commas between them")
+    from grpo.evaluate import evaluate_policy
+
+    print(json.dumps(evaluate_policy(source, ctx.args, n, [int(part) for part in parts]), indent=2))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]) -> None:
+    """Write report.html, one self-contained page with curves and a table of samples.
+
+    Example: grpo report runs/smoke
+    """
+    from grpo.report import write_report
+
+    print(write_report(run_dir))
+
+
+@app.command(context_settings=OVERRIDES)
+def submit(
+    ctx: typer.Context,
+    config: ConfigPath,
+    address: Annotated[str, typer.Option(help="Of the cluster's dashboard, e.g. http://127.0.0.1:8265.")],
+) -> None:
+    """Send a training job to a running Ray cluster, follow its log and end with its exit code.
+
+    Example: grpo submit configs/smoke.yaml --address http://127.0.0.1:8265 --grpo.max_steps=2
+    """
+    from grpo.cluster import submit_job
+    from grpo.config import load_config
+
+    raise typer.Exit(submit_job(load_config(config, ctx.args), address))
+
+
+@model_app.command("init")
+def model_init(
+    spec: Annotated[Path, typer.Argument(metavar="YAML", help="`config:` and `tokenizer:`; see configs/tiny_v3.yaml.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Make a model with random weights, and its tokenizer, from a YAML.
+
+    Example: grpo model init configs/tiny_v3.yaml --out runs/tiny
+    """
+    from grpo.config import ConfigError
+    from model.create import create_model
+
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {str(out)!r} is not empty; choose another directory")
+    model = create_model(spec, out, seed)
+    print(f"{out}: {model.num_parameters:,} parameters")
+
+
+@rewards_app.command("list")
+def rewards_list() -> None:
+    """The built-in rewards.
+
+    Example: grpo rewards list
+    """
+    from rewards.build import REGISTRY
+
+    print("\n".join(sorted(REGISTRY)))
+
+
+def main() -> None:
+    """Console script."""
+    from grpo.cluster import RunFailure
+    from rewards import RewardFailure
+
+    try:
+        app(standalone_mode=True)
+    except ValueError as err:
+        _fail(err, 2)
+    except (RunFailure, RewardFailure) as err:
+        _fail(err, 1)
+
+
+def _fail(err: Exception, code: int) -> None:
+    print(f"error: {' '.join(str(err).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
