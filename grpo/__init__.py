@@ -1,4 +1,4 @@
-"""GRPO for mixture-of-experts models of the DeepSeek-V3 family: the algorithm, the learner, the loop, the command line."""
+"""GRPO for mixture-of-experts models of the DeepSeek-V3 family: algorithm, learner, loop, command line."""
 
 from typing import Any
 

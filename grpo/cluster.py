@@ -162,7 +162,7 @@ class Remote:
         return RemoteCall(self, role, method, refs)
 
     def revive(self, role: str) -> None:
-        """A new actor for a dead rollout or reward role, with the current weights; RunFailure where that cannot help."""
+        """A new actor for a dead rollout or reward role, with the current weights. RunFailure for the learner's."""
         if role == "learner" or role not in self.start:
             raise RunFailure(f"the {role} process died")
         if self.restarts_left == 0:

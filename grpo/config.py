@@ -52,7 +52,7 @@ class RunConfig(Section):
     log_samples: int = Field(16, ge=0)
     """Samples a step written to samples.jsonl, whole groups first. 0: none."""
     max_restarts: int = Field(2, ge=0)
-    """On Ray: how often a dead rollout or reward actor is replaced before the run stops. A dead learner always stops it."""
+    """On Ray: how often dead rollout or reward actors are replaced before the run stops. A dead learner always stops it."""
 
 
 class ModelConfig(Section):
@@ -154,7 +154,7 @@ class RolloutConfig(Section):
     max_completion_length: int = Field(256, ge=1)
     """Tokens a completion may have."""
     exact: bool = False
-    """Bitwise the same draw whatever else is in the batch, at some cost in speed: every matrix product gets a fixed shape."""
+    """Bitwise the same draw whatever else is in the batch, at some cost in speed: every row is a product of its own."""
     replay_routing: bool = False
     """The learner routes each token to the experts it had in the rollout (gate weights are recomputed)."""
     max_num_seqs: int = Field(256, ge=1)
@@ -246,18 +246,18 @@ class GRPOConfig(Section):
     delta: float | None = Field(None, gt=1)
     """Dual clip: upper bound on the ratio of samples with a negative advantage. null: none."""
     loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = "dapo"
-    """How tokens are averaged, over the samples of the whole update: grpo: mean over samples of each sample's token mean; dr_grpo: sum
-    over num samples x max_completion_length; bnpo, dapo: mean over tokens (normalisers are global here, so the two are one);
-    cispo: mean over tokens of the clipped, detached ratio times log-probability."""
+    """How tokens are averaged over the samples of an update. grpo: mean over samples of each one's token mean; dr_grpo:
+    sum over (samples x max_completion_length); bnpo, dapo: mean over tokens (normalisers are global here, so the two
+    are one); cispo: mean over tokens of the clipped, detached ratio times log-probability."""
     advantage_estimator: Literal["grpo", "rloo"] = "grpo"
     """Baseline of a sample: the mean of its group, or of the others in it (leave-one-out)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Advantages are divided by the standard deviation within the group, within the batch, or not at all (Dr. GRPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratios per token, or per sequence as their geometric mean (GSPO)."""
-    importance_sampling_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
-        "none"
-    )
+    importance_sampling_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "none"
     """Weight tokens by learner over rollout probability: truncated at the cap, or masked above it."""
     importance_sampling_cap: float = Field(3.0, gt=0)
     """Cap of the correction."""
@@ -310,7 +310,9 @@ class Config(Section):
     def _rewards(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name, options in value.items():
             if not isinstance(options, int | float | Mapping) or isinstance(options, bool):
-                raise ValueError(f"rewards.{name} is {options!r}; give a weight, or a mapping with `weight` and options")
+                raise ValueError(
+                    f"rewards.{name} is {options!r}; give a weight, or a mapping with `weight` and options"
+                )
         return value
 
     @model_validator(mode="after")

@@ -70,9 +70,7 @@ class Learner:
             epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
         )
 
-        def loss_fn(
-            hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch
-        ) -> tuple[torch.Tensor, Stats]:
+        def loss_fn(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:
             logprobs, entropy = token_logprobs(hidden[rows.source], head_weight, rows.target, self.temperature)
             loss, stats = policy_loss(logprobs, rows, options)
             stats["sum/entropy"] = entropy.sum()

@@ -62,7 +62,9 @@ def run_loop(run: Run, first_step: int) -> None:
         for _ in range(1 + (config.grpo.max_refills if config.grpo.dynamic_sampling else 0)):
             prompts = run.cursor.take(config.grpo.prompts_per_step - len(groups))
             with clock("rollout"):
-                completions = cluster.sample([p.token_ids for p in prompts], [sampling_params(config, p) for p in prompts])
+                completions = cluster.sample(
+                    [p.token_ids for p in prompts], [sampling_params(config, p) for p in prompts]
+                )
             with clock("rewards"):
                 inputs = reward_inputs(prompts, completions, run.tokenizer)
                 scores = cluster.score(inputs)
@@ -104,7 +106,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.seconds = dict.fromkeys(("rollout", "rewards", "learner", "sync"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(("rollout", "rewards", "learner", "sync"), 0.0)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

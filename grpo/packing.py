@@ -17,9 +17,7 @@ import torch
 from grpo.records import PackedBatch, TrainingSample
 
 
-def pack(
-    groups: Sequence[Sequence[TrainingSample]], max_tokens: int, keep_last: bool = False
-) -> list[PackedBatch]:
+def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int, keep_last: bool = False) -> list[PackedBatch]:
     """Micro-batches of at most max_tokens packed tokens each (a longer sample has one of its own), in order.
 
     The samples of a group have the same prompt. Raises ValueError for a sample without prompt or completion tokens.

@@ -13,7 +13,7 @@ import torch
 
 from grpo.records import PackedBatch
 from model import DeepseekV3ForCausalLM, SequenceLayout
-from model.moe import balanced_bias, sequence_balance_loss
+from model.moe import TopkRouter, balanced_bias, sequence_balance_loss
 from model.mtp import mtp_loss
 
 Stats = dict[str, torch.Tensor]
@@ -45,7 +45,7 @@ class DeepseekV3Policy:
         self.master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
 
     def forward_backward(self, microbatches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, list[Stats]]:
-        """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and the statistics."""
+        """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and statistics."""
         total_rows = sum(len(b.target) for b in microbatches)
         total_samples = sum(b.num_samples for b in microbatches)
         loss_sum, stats, counts = 0.0, [], None
@@ -97,9 +97,9 @@ class DeepseekV3Policy:
     @torch.no_grad()
     def _balance(self, counts: torch.Tensor) -> None:
         """Auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2) by the expert counts [L_moe, E] of the update."""
-        moe = [layer.mlp for layer in self.model.model.layers if layer.is_moe]
-        for block, count in zip(moe, counts):
-            bias = block.gate.e_score_correction_bias
+        routers = [m for m in self.model.model.modules() if isinstance(m, TopkRouter)]
+        for router, count in zip(routers, counts, strict=True):
+            bias = router.e_score_correction_bias
             bias.copy_(balanced_bias(bias, count, self.auxiliary.router_bias_update_rate))
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ def model_directory(config: Config) -> Path:
     if config.model.init is None:
         raise ConfigError("neither model.path nor model.init is given; name a model directory or a model YAML")
     spec = model_spec(config.model.init)
-    return cached(config, "model", {"spec": spec, "seed": config.run.seed}, lambda out: _create(spec, out, config.run.seed))
+    return cached(
+        config, "model", {"spec": spec, "seed": config.run.seed}, lambda out: _create(spec, out, config.run.seed)
+    )
 
 
 def model_spec(init: str | dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +87,9 @@ def model_spec(init: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(init, dict):
         return init
     if not Path(init).is_file():
-        raise ConfigError(f"model.init {init!r} does not exist; give the path of a model YAML, e.g. configs/tiny_v3.yaml")
+        raise ConfigError(
+            f"model.init {init!r} does not exist; give the path of a model YAML, e.g. configs/tiny_v3.yaml"
+        )
     spec = yaml.safe_load(Path(init).read_text(encoding="utf-8"))
     if not isinstance(spec, dict):
         raise ConfigError(f"model.init {init!r} must be a mapping with `config` and `tokenizer`")
@@ -115,14 +119,14 @@ def cached(config: Config, kind: str, key: dict[str, Any], build: Callable[[Path
     return path
 
 
-def fresh_run_dir(config: Config, also: Sequence[str] = ()) -> Path:
+def fresh_run_dir(config: Config) -> Path:
     """Makes run.output_dir, empty. Raises ConfigError if it is in use, unless run.overwrite and it is a run's."""
     path = Path(config.run.output_dir)
     if path.is_dir() and any(path.iterdir()):
         if not config.run.overwrite:
             raise ConfigError(
-                f"run.output_dir {str(path)!r} is not empty; go on with `--resume {path}`, choose another directory, or "
-                "replace it with --run.overwrite=true"
+                f"run.output_dir {str(path)!r} is not empty; go on with `--resume {path}`, choose another directory, "
+                "or replace it with --run.overwrite=true"
             )
         if not (path / "config.yaml").is_file():
             raise ConfigError(

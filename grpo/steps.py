@@ -1,4 +1,4 @@
-"""The arrows of the loop, each a function from records to records. No state, no Ray: grpo/loop.py strings them together."""
+"""The arrows of the loop, each a function from records to records; no state, no Ray. grpo/loop.py strings them up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def sampling_params(config: Config, prompt: Prompt) -> SamplingParams:
     )
 
 
-def reward_inputs(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], tokenizer: Any) -> list[RewardInput]:
+def reward_inputs(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], tokenizer: Any
+) -> list[RewardInput]:
     """One for each completion, prompt by prompt. Texts are decoded without padding and end tokens."""
     flat = [list(c.token_ids) for group in completions for c in group]
     texts = iter(tokenizer.batch_decode(flat, skip_special_tokens=True))

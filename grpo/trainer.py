@@ -37,7 +37,10 @@ class GRPOTrainer:
     """`GRPOTrainer("configs/smoke.yaml").train()`; takes the path of a YAML, a mapping or a Config."""
 
     def __init__(
-        self, source: str | Path | Mapping[str, Any] | Config | None = None, overrides: Sequence[str] = (), resume: str = ""
+        self,
+        source: str | Path | Mapping[str, Any] | Config | None = None,
+        overrides: Sequence[str] = (),
+        resume: str = "",
     ) -> None:
         """`overrides`: `--section.key=value`. `resume`: a run directory to go on with, instead of a source.
 

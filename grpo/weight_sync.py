@@ -27,9 +27,7 @@ class Bucket:
     data: np.ndarray
 
 
-def buckets(
-    pairs: Iterable[tuple[str, torch.Tensor]], version: int, max_bytes: int = BUCKET_BYTES
-) -> Iterator[Bucket]:
+def buckets(pairs: Iterable[tuple[str, torch.Tensor]], version: int, max_bytes: int = BUCKET_BYTES) -> Iterator[Bucket]:
     """Packs tensors in order; a bucket holds at most max_bytes, or one larger tensor."""
     filled: list[Bucket] = []
     entries: list[tuple[str, str, tuple[int, ...]]] = []

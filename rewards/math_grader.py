@@ -25,7 +25,7 @@ def make() -> Callable[[Mapping[str, Any]], tuple[float, str] | None]:
 
     def read(text: str, config: tuple[Any, ...] = mathematics) -> list[Any]:
         text = re.sub(r"\\mathrm\{([A-Za-z])\}", r"\1", text)  # its parser knows e but not \mathrm{e}
-        return parse(text, config, parsing_timeout=None)
+        return parse(text, config, parsing_timeout=None)  # pyright: ignore[reportArgumentType]  (None: no alarm)
 
     @lru_cache(maxsize=256)
     def read_gold(gold: str) -> list[Any] | None:
