@@ -154,13 +154,12 @@ def rewards_list() -> None:
 def main() -> None:
     """Console script."""
     from grpo.cluster import RunFailure
-    from rewards import RewardFailure
 
     try:
         app(standalone_mode=True)
     except ValueError as err:
         _fail(err, 2)
-    except (RunFailure, RewardFailure) as err:
+    except RunFailure as err:
         _fail(err, 1)
 
 

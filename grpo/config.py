@@ -41,18 +41,18 @@ class RunConfig(Section):
     """On Ray: an actor for each role, or one actor that hosts all of them."""
     seed: int = 0
     """Seeds the model's initial weights, the order of the data and every draw."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """CPU threads of each process. Results are bit-equal only between runs with the same number."""
-    save_steps: int = Field(100, ge=0)
+    save_steps: int = Field(default=100, ge=0)
     """Steps between checkpoints; one is always written at the end. 0: only that one."""
-    eval_steps: int = Field(50, ge=0)
+    eval_steps: int = Field(default=50, ge=0)
     """Steps between greedy evaluations; there is always one at step 0 and at the end. 0: only those."""
     eval_reward: str = ""
     """Reward that evaluations count: an answer is right where it gives 1. Empty: the first one listed."""
-    log_samples: int = Field(16, ge=0)
+    log_samples: int = Field(default=16, ge=0)
     """Samples a step written to samples.jsonl, whole groups first. 0: none."""
-    max_restarts: int = Field(2, ge=0)
-    """On Ray: how often dead rollout or reward actors are replaced before the run stops. A dead learner always stops it."""
+    max_restarts: int = Field(default=2, ge=0)
+    """On Ray: how often dead rollout or reward actors are replaced before the run stops. A dead learner stops it."""
 
 
 class ModelConfig(Section):
@@ -87,14 +87,14 @@ class DataConfig(Section):
     """Instead of `path`: name of a reasoning-gym task, generated on the spot."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the task generator."""
-    size: int = Field(4000, ge=1)
+    size: int = Field(default=4000, ge=1)
     """Distinct problems drawn from the task. Files are read whole."""
     eval_path: str = ""
     """Held-out file of the same form as `path`; empty: a share of the data itself is held out."""
-    holdout: float = Field(0.1, ge=0, lt=1)
+    holdout: float = Field(default=0.1, ge=0, lt=1)
     """Share held out for evaluation where there is no eval_path, chosen by a hash of a problem's operands (the numbers
     in it, in any order) or of its text if it has none, so that no held-out operands appear in training. 0: none."""
-    eval_size: int = Field(256, ge=0)
+    eval_size: int = Field(default=256, ge=0)
     """Held-out prompts of an evaluation. 0: all."""
     prompt_column: str = "prompt"
     """Column of the prompt: a string, or a list of chat messages."""
@@ -114,7 +114,7 @@ class DataConfig(Section):
     """Put first in chat prompts; makes a chat of a string prompt."""
     chat_template: Literal["auto", "on", "off"] = "auto"
     """Render prompts through the tokenizer's chat template: auto: only lists of messages (or with a system prompt)."""
-    max_prompt_length: int = Field(0, ge=0)
+    max_prompt_length: int = Field(default=0, ge=0)
     """Longer prompts are an error that names the row, unless drop_long_prompts. 0: what the context leaves."""
     drop_long_prompts: bool = False
     """Leave out prompts that are too long, with a count in the log, instead of stopping."""
@@ -141,109 +141,109 @@ class RolloutConfig(Section):
 
     engine: Literal["embedded"] = "embedded"
     """The embedded engine: paged latents, continuous batching, on any device."""
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(default=1, ge=1)
     """Engines; each takes an equal, contiguous share of the prompts, groups kept together."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the learner's log-probabilities use the same."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling. 1: off."""
-    top_k: int = Field(0, ge=-1)
+    top_k: int = Field(default=0, ge=-1)
     """Sample among the k likeliest tokens. 0 or -1: off."""
-    min_p: float = Field(0.0, ge=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
     """Drop tokens below this share of the likeliest token's probability. 0: off."""
-    max_completion_length: int = Field(256, ge=1)
+    max_completion_length: int = Field(default=256, ge=1)
     """Tokens a completion may have."""
     exact: bool = False
     """Bitwise the same draw whatever else is in the batch, at some cost in speed: every row is a product of its own."""
     replay_routing: bool = False
     """The learner routes each token to the experts it had in the rollout (gate weights are recomputed)."""
-    max_num_seqs: int = Field(256, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
     """Sequences decoded at a time by an engine."""
-    page_size: int = Field(16, ge=1)
+    page_size: int = Field(default=16, ge=1)
     """Tokens in a cache page."""
-    num_pages: int = Field(0, ge=0)
+    num_pages: int = Field(default=0, ge=0)
     """Cache pages of an engine. 0: enough for max_num_seqs sequences of the longest length asked for."""
 
 
 class StageConfig(Section):
     """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
 
-    max_steps: int = Field(300, ge=1)
+    max_steps: int = Field(default=300, ge=1)
     """Optimiser steps."""
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
-    lr_end_ratio: float = Field(0.1, ge=0, le=1)
+    lr_end_ratio: float = Field(default=0.1, ge=0, le=1)
     """Last learning rate as a share of the peak."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Samples (SFT) or blocks (pretraining) a step."""
-    block_size: int = Field(512, ge=2)
+    block_size: int = Field(default=512, ge=2)
     """Pretraining: tokens in a block of packed text."""
-    max_tokens_per_microbatch: int = Field(16384, ge=1)
+    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Tokens in a micro-batch; a longer sample has one of its own."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, on matrices only."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's beta1."""
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW's beta2."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm. 0: no clipping."""
-    mtp_loss_weight: float = Field(0.1, ge=0)
+    mtp_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of the multi-token-prediction loss (DeepSeek-V3 eq. 25); it reaches the trunk. 0: none."""
-    router_aux_loss_coef: float = Field(0.0, ge=0)
+    router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the sequence-wise balance loss (DeepSeek-V3 eq. 17). 0: none."""
-    router_bias_update_rate: float = Field(0.001, ge=0)
+    router_bias_update_rate: float = Field(default=0.001, ge=0)
     """Auxiliary-loss-free balancing: change of a router bias in a step. 0: frozen."""
-    stop_accuracy: float = Field(0.0, ge=0, le=1)
+    stop_accuracy: float = Field(default=0.0, ge=0, le=1)
     """SFT stops once the sampled accuracy on training prompts that SFT does not see passes this. 0: runs max_steps."""
-    eval_every: int = Field(25, ge=1)
+    eval_every: int = Field(default=25, ge=1)
     """Steps between the checks of stop_accuracy."""
 
 
 class GRPOConfig(Section):
     """The algorithm and its optimiser. Names are TRL's where TRL has one. A step is one rollout-and-update cycle."""
 
-    max_steps: int = Field(100, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     """Rollout-and-update cycles."""
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
-    lr_end_ratio: float = Field(0.1, ge=0, le=1)
+    lr_end_ratio: float = Field(default=0.1, ge=0, le=1)
     """Last learning rate as a share of the peak."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, on matrices only."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's beta1."""
-    adam_beta2: float = Field(0.99, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     """AdamW's beta2."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm. 0: no clipping."""
-    num_generations: int = Field(8, ge=2)
+    num_generations: int = Field(default=8, ge=2)
     """Samples in a group (G)."""
-    prompts_per_step: int = Field(16, ge=1)
+    prompts_per_step: int = Field(default=16, ge=1)
     """Prompts (groups) in a step."""
-    minibatches_per_step: int = Field(1, ge=1)
+    minibatches_per_step: int = Field(default=1, ge=1)
     """Optimiser updates over the samples of a step, each on its own share of the prompts."""
-    num_iterations: int = Field(1, ge=1)
+    num_iterations: int = Field(default=1, ge=1)
     """Passes over the samples of a step (mu in the paper)."""
-    max_tokens_per_microbatch: int = Field(16384, ge=1)
+    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Tokens in a micro-batch; a group is only split where it is longer than that by itself."""
-    beta: float = Field(0.0, ge=0)
+    beta: float = Field(default=0.0, ge=0)
     """Weight of the KL term against the reference policy (the weights at the start). 0: no reference is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL term (Schulman): k1 log-ratio, k2 half its square, k3 the unbiased positive one."""
-    epsilon: float = Field(0.2, ge=0)
+    epsilon: float = Field(default=0.2, ge=0)
     """Ratios are clipped below at 1 - epsilon."""
-    epsilon_high: float | None = Field(None, ge=0)
+    epsilon_high: float | None = Field(default=None, ge=0)
     """And above at 1 + epsilon_high (clip-higher; CISPO's cap is epsilon_high itself). null: epsilon."""
-    delta: float | None = Field(None, gt=1)
+    delta: float | None = Field(default=None, gt=1)
     """Dual clip: upper bound on the ratio of samples with a negative advantage. null: none."""
     loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = "dapo"
     """How tokens are averaged over the samples of an update. grpo: mean over samples of each one's token mean; dr_grpo:
@@ -259,7 +259,7 @@ class GRPOConfig(Section):
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = "none"
     """Weight tokens by learner over rollout probability: truncated at the cap, or masked above it."""
-    importance_sampling_cap: float = Field(3.0, gt=0)
+    importance_sampling_cap: float = Field(default=3.0, gt=0)
     """Cap of the correction."""
     correct_truncation: bool = False
     """The correction takes the rollout's probability after top-p, top-k and min-p (logprobs - log_support)."""
@@ -267,13 +267,13 @@ class GRPOConfig(Section):
     """Completions that ran into max_completion_length get no gradient (they stay in the group's baseline)."""
     dynamic_sampling: bool = False
     """Drop groups whose rewards are all equal and sample more prompts instead (DAPO)."""
-    max_refills: int = Field(4, ge=0)
+    max_refills: int = Field(default=4, ge=0)
     """Extra rollouts of a step under dynamic sampling; after that the step takes what it has."""
-    max_error_share: float = Field(0.05, ge=0, le=1)
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when a larger share of a step's samples could not be scored because of errors."""
-    router_bias_update_rate: float = Field(0.0, ge=0)
+    router_bias_update_rate: float = Field(default=0.0, ge=0)
     """Change of a router bias in a step. 0: the bias is frozen, as every recipe for this family does in RL."""
-    router_aux_loss_coef: float = Field(0.0, ge=0)
+    router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the sequence-wise balance loss. 0: none."""
 
     @model_validator(mode="after")
@@ -379,7 +379,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     if match is None:
         raise ConfigError(f"argument {override!r} is not of the form --section.key=value")
     *sections, key = match[1].split(".")
-    node = content
+    node: Any = content
     for name in sections:
         child = node.get(name)
         if isinstance(child, int | float):  # rewards.exact_match: 1.0, and now an option is set

@@ -20,6 +20,7 @@ from grpo.prepare import Prepared, fresh_run_dir, prepare
 from grpo.progress import Progress
 from grpo.report import write_report
 from grpo.stages import warm_start
+from rewards import RewardFailure
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class GRPOTrainer:
         with Cluster(config, start_dir, start_dir) as cluster:
             try:
                 self._loop(prepared, cluster, run_dir, checkpoint)
-            except ValueError as err:
-                raise RunFailure(f"{err}") from err
+            except (ValueError, RunFailure, RewardFailure) as err:
+                raise RunFailure(f"{err}; mend the cause and go on with `grpo train --resume {run_dir}`") from err
         report = write_report(run_dir)
         accuracies = [m["eval/accuracy"] for m in load_metrics(run_dir) if m.get("eval/accuracy") is not None]
         before, after = (accuracies[0], accuracies[-1]) if accuracies else (None, None)

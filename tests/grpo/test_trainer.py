@@ -1,0 +1,202 @@
+"""Whole runs: the same numbers in one process and on Ray, after any kill and any resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo import GRPOTrainer
+from grpo.cluster import Cluster, Remote, RunFailure
+from grpo.config import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings(tmp: Path, name: str, cluster: str, **grpo: Any) -> dict[str, Any]:
+    """Six steps from random weights on sums; rewards that differ within a group from the start."""
+    data = tmp / "sums.jsonl"
+    if not data.exists():
+        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "run": {"cluster": cluster, "output_dir": str(tmp / name), "save_steps": 2, "eval_steps": 3},
+        "model": {"init": str(ROOT / "configs" / "tiny_v3.yaml")},
+        "data": {"path": str(data), "eval_size": 8},
+        "rollout": {"max_completion_length": 6, "num_workers": 2},
+        "rewards": {"exact_match": 1.0, "length": {"weight": 0.5, "max": 6}},
+        "grpo": {"max_steps": 6, "prompts_per_step": 4, "num_generations": 4, "learning_rate": 1e-3, **grpo},
+    }
+
+
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    parsed = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"} for row in parsed]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run in one process."""
+    tmp = tmp_path_factory.mktemp("runs")
+    GRPOTrainer(settings(tmp, "inline", "inline")).train()
+    assert [row["step"] for row in rows(tmp / "inline")] == list(range(7))
+    return tmp
+
+
+def test_metrics_have_every_promised_name(reference: Path) -> None:
+    row = rows(reference / "inline")[3]
+    promised = """step reward reward_std rewards/exact_match/mean rewards/length/mean loss grad_norm entropy
+        completions/mean_length frac_reward_zero_std sampling/sampling_logp_difference/mean
+        sampling/sampling_logp_difference/max policy_version eval/accuracy learning_rate""".split()
+    assert set(promised) <= set(row)
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    times = json.loads((reference / "inline" / "metrics.jsonl").read_text().splitlines()[3])
+    assert {"time/rollout", "time/rewards", "time/learner", "time/sync", "step_time"} <= set(times)
+    final = reference / "inline" / "checkpoints" / "step_6"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "train_state"} <= {p.name for p in final.iterdir()}
+    assert [s["policy_version"] for s in rows(reference / "inline", "samples.jsonl")][:1] == [0]
+
+
+def test_resume_goes_on_as_if_never_stopped(reference: Path) -> None:
+    name = "stopped"
+    trainer = GRPOTrainer(settings(reference, name, "inline"), ["--grpo.max_steps=6"])
+
+    def stop(self: Cluster, version: int) -> None:
+        if version == 5:
+            raise RunFailure("stopped here")
+        sync(self, version)
+
+    sync, Cluster.sync_weights = Cluster.sync_weights, stop  # type: ignore[method-assign]
+    try:
+        with pytest.raises(RunFailure, match="--resume"):
+            trainer.train()
+    finally:
+        Cluster.sync_weights = sync  # type: ignore[method-assign]
+    assert rows(reference / name)[-1]["step"] == 4
+    GRPOTrainer(resume=str(reference / name)).train()
+    assert rows(reference / name) == rows(reference / "inline")
+    assert rows(reference / name, "samples.jsonl") == rows(reference / "inline", "samples.jsonl")
+
+
+def kill(cluster: Cluster, role: str) -> None:
+    """kill -9 of the process that hosts the role."""
+    backend = cluster.backend
+    assert isinstance(backend, Remote)
+    os.kill(backend.ray.get(backend.hosts[role].pid.remote()), signal.SIGKILL)
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, verb: str, role: str, nth: int, after: bool) -> None:
+    """The role's process dies at the nth call of a verb of the cluster, before it or while it is under way."""
+    original = getattr(Cluster, verb)
+    seen = {"calls": 0}
+
+    def wrapped(self: Cluster, *args: Any) -> Any:
+        seen["calls"] += 1
+        if seen["calls"] == nth and not after:
+            kill(self, role)
+        if seen["calls"] == nth and after:
+            backend = self.backend
+            assert isinstance(backend, Remote)
+            call = backend.call
+
+            def call_and_kill(called: str, method: str, *inner: Any) -> Any:
+                pid = backend.ray.get(backend.hosts[role].pid.remote())
+                pending = call(called, method, *inner)
+                os.kill(pid, signal.SIGKILL)
+                backend.call = call  # type: ignore[method-assign]
+                return pending
+
+            backend.call = call_and_kill  # type: ignore[method-assign]
+        return original(self, *args)
+
+    monkeypatch.setattr(Cluster, verb, wrapped)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "role", "nth", "after"),
+    [
+        ("sample", "rollout-1", 4, True),  # while it samples
+        ("score", "rewards", 3, True),  # while it scores
+        ("sync_weights", "rollout-0", 3, True),  # while weights arrive
+    ],
+)
+def test_dead_rollout_and_reward_actors_are_replaced(
+    reference: Path, monkeypatch: pytest.MonkeyPatch, verb: str, role: str, nth: int, after: bool
+) -> None:
+    kill_at(monkeypatch, verb, role, nth, after)
+    name = f"killed-{verb}-{role}"
+    GRPOTrainer(settings(reference, name, "ray")).train()
+    assert rows(reference / name) == rows(reference / "inline")
+    assert rows(reference / name, "samples.jsonl") == rows(reference / "inline", "samples.jsonl")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "nth", "after"),
+    [("learn", 4, True), ("sync_weights", 3, False), ("save", 2, True)],  # in, after the step; while saving
+)
+def test_a_dead_learner_stops_the_run_and_resume_is_bit_equal(
+    reference: Path, monkeypatch: pytest.MonkeyPatch, verb: str, nth: int, after: bool
+) -> None:
+    kill_at(monkeypatch, verb, "learner", nth, after)
+    name = f"killed-{verb}-learner"
+    with pytest.raises(RunFailure, match=r"learner process died.*--resume"):
+        GRPOTrainer(settings(reference, name, "ray")).train()
+    monkeypatch.undo()
+    assert 2 <= rows(reference / name)[-1]["step"] < 6
+    GRPOTrainer(resume=str(reference / name), overrides=["--run.cluster=inline"]).train()
+    assert rows(reference / name) == rows(reference / "inline")
+    assert not list((reference / name / "checkpoints").glob(".partial*"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_engine_that_dies_in_a_refill_is_replaced(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"dynamic_sampling": True, "max_steps": 3}
+    with monkeypatch.context() as patch:  # only correct answers pay: nearly every group is dropped and refilled
+        calls: list[int] = []
+        sample = Cluster.sample
+        patch.setattr(Cluster, "sample", lambda self, p, q: (calls.append(len(p)), sample(self, p, q))[1])
+        content = settings(reference, "refill", "inline", **options) | {"rewards": {"exact_match": 1.0}}
+        GRPOTrainer(content).train()
+        assert len(calls) > 3 + 2, "no refill took place"
+    kill_at(monkeypatch, "sample", "rollout-0", 3, True)  # evaluation, first rollout, then its refill
+    content = settings(reference, "refill-killed", "ray", **options) | {"rewards": {"exact_match": 1.0}}
+    GRPOTrainer(content).train()
+    assert rows(reference / "refill-killed") == rows(reference / "refill")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_run_goes_through_ray(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors of every kind, as Ray's own state API sees them, and colocated in one process with equal numbers."""
+    seen: set[str] = set()
+    learn = Cluster.learn
+
+    def look(self: Cluster, batches: Any) -> Any:
+        assert isinstance(self.backend, Remote)
+        seen.update(type_name(actor) for actor in self.backend.hosts.values())
+        return learn(self, batches)
+
+    def type_name(actor: Any) -> str:
+        return actor._ray_actor_creation_function_descriptor.class_name
+
+    monkeypatch.setattr(Cluster, "learn", look)
+    content = settings(reference, "colocated", "ray")
+    content["run"]["placement"] = "colocated"
+    GRPOTrainer(content).train()
+    assert seen == {"ColocatedActor"}
+    assert rows(reference / "colocated") == rows(reference / "inline")
+
+
+def test_trainer_takes_a_config_object(tmp_path: Path) -> None:
+    config = load_config(settings(tmp_path, "object", "inline"), ["--grpo.max_steps=1", "--rollout.num_workers=1"])
+    result = GRPOTrainer(config).train()
+    assert result.report.is_file() and result.accuracy_before is not None
