@@ -228,7 +228,7 @@ def start_ray(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "grpo"}
     if address == "ray" and "RAY_ADDRESS" not in os.environ:
-        ray.init(include_dashboard=False, **options)
+        ray.init(**options)
     else:
         try:
             ray.init(address="auto" if address == "ray" else address, **options)

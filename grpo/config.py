@@ -375,9 +375,9 @@ _Loader.add_implicit_resolver(
 
 
 def _override(content: dict[str, Any], override: str) -> None:
-    match = re.fullmatch(r"--([A-Za-z_][\w-]*(?:\.[\w-]+)+)=(.*)", override, re.DOTALL)
+    match = re.fullmatch(r"--([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", override, re.DOTALL)
     if match is None:
-        raise ConfigError(f"argument {override!r} is not of the form --section.key=value")
+        raise ConfigError(f"argument {override!r} is not of the form --section.key=value (or --section=null)")
     *sections, key = match[1].split(".")
     node: Any = content
     for name in sections:

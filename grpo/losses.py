@@ -69,15 +69,23 @@ def policy_loss(
     logprobs: [R] float32, of the current policy, with gradient. Statistics are sums or maxima over the tokens that
     take part, to be combined over micro-batches: `sum/...` add up, `max/...` take the maximum.
     """
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    log_ratio = logprobs - old
     active = batch.weights > 0  # [R]
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    mismatch = (old - batch.rollout_logprobs).abs()
+
+    def of_active(values: torch.Tensor) -> torch.Tensor:
+        # a token with weight 0 (masked, unscored) must not matter, even where its numbers are not finite; masked here,
+        # as a mask on the loss alone would leave 0 * inf in the backward pass
+        return torch.where(active, values, 0.0)
+
+    difference = of_active(old - _rollout_logprobs(batch, options))
+    logprobs, old, advantages = of_active(logprobs), of_active(old), of_active(batch.advantages)
+    log_ratio = logprobs - old
     if options.importance_sampling_level == "sequence":
         mean = _sample_mean(log_ratio, batch)
         # GSPO's sequence ratio; the gradient of every token flows through the mean
         log_ratio = mean[batch.sample]
     ratio = log_ratio.exp()
-    advantages = batch.advantages
     low, high = 1 - options.epsilon, 1 + options.epsilon_high
     if options.loss_type == "cispo":
         capped = ratio.detach().clamp(max=options.epsilon_high)
@@ -90,8 +98,6 @@ def policy_loss(
         clipped_low = (ratio < low) & (advantages < 0)
         clipped_high = (ratio > high) & (advantages > 0)
 
-    # a token with weight 0 (masked, unscored) must not matter, even where its numbers are not finite
-    difference = old - _rollout_logprobs(batch, options)
     correction = _correction(difference, batch, options)
     if correction is not None:
         per_token = per_token * correction
@@ -100,19 +106,18 @@ def policy_loss(
         "sum/clip_low": (clipped_low & active).sum(),
         "sum/clip_high": (clipped_high & active).sum(),
         # over all tokens: the difference is a property of the machinery, not of the samples that count
-        "sum/logp_difference": (old - batch.rollout_logprobs).abs().sum(),
-        "max/logp_difference": (old - batch.rollout_logprobs).abs().max() if len(old) else old.new_zeros(()),
+        "sum/logp_difference": mismatch.sum(),
+        "max/logp_difference": mismatch.max() if len(old) else old.new_zeros(()),
         "sum/rows": torch.tensor(len(logprobs)),
     }
     if correction is not None:
         stats["sum/is_ratio"] = (correction * active).sum()
     if options.beta > 0:
         assert batch.ref_logprobs is not None, f"{options.beta=} without reference log-probabilities"
-        kl = kl_divergence(logprobs, batch.ref_logprobs, options.kl_estimator)
+        kl = kl_divergence(logprobs, of_active(batch.ref_logprobs), options.kl_estimator)
         per_token = per_token + options.beta * kl
         stats["sum/kl"] = (kl.detach() * active).sum()
-    loss = torch.where(active, per_token * batch.weights, 0.0).sum()
-    return loss, stats
+    return (per_token * batch.weights).sum(), stats
 
 
 def _sample_mean(values: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

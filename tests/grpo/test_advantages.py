@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from grpo.advantages import group_advantages, group_std, zero_variance
 
 NAN = float("nan")
+Estimator = Literal["grpo", "rloo"]
+Scale = Literal["group", "batch", "none"]
 
 
 def test_mean_and_unbiased_deviation() -> None:
@@ -46,10 +49,10 @@ def test_scales() -> None:
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_unscored_samples_are_as_if_absent(estimator: str, scale: str) -> None:
+def test_unscored_samples_are_as_if_absent(estimator: Estimator, scale: Scale) -> None:
     rewards = np.array([[NAN, 1.0, 3.0, NAN, 8.0], [2.0, NAN, 2.5, 0.5, NAN]])
-    got = group_advantages(rewards, estimator, scale)  # type: ignore[arg-type]
-    without = group_advantages(np.array([[1.0, 3.0, 8.0], [2.0, 2.5, 0.5]]), estimator, scale)  # type: ignore[arg-type]
+    got = group_advantages(rewards, estimator, scale)
+    without = group_advantages(np.array([[1.0, 3.0, 8.0], [2.0, 2.5, 0.5]]), estimator, scale)
     assert np.isnan(got).tolist() == np.isnan(rewards).tolist()
     np.testing.assert_allclose(got[~np.isnan(rewards)].reshape(2, 3), without, rtol=1e-12)
 
@@ -61,20 +64,20 @@ def test_unscored_sample_by_hand() -> None:
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_equal_rewards_give_exactly_zero(estimator: str, scale: str) -> None:
+def test_equal_rewards_give_exactly_zero(estimator: Estimator, scale: Scale) -> None:
     # 0.1 summed seven times and divided is not 0.1 again
     rewards = np.array([[0.1] * 7, [0.1, NAN, 0.1, 0.1, 0.1, 0.1, 0.1], [0.7] * 7])
-    got = group_advantages(rewards, estimator, scale)  # type: ignore[arg-type]
+    got = group_advantages(rewards, estimator, scale)
     np.testing.assert_array_equal(got, np.where(np.isnan(rewards), NAN, 0.0))
     assert zero_variance(rewards).tolist() == [True, True, True]
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_one_scored_sample_has_nothing_to_compare_with(estimator: str, scale: str) -> None:
+def test_one_scored_sample_has_nothing_to_compare_with(estimator: Estimator, scale: Scale) -> None:
     rewards = np.array([[NAN, 5.0, NAN], [NAN, NAN, NAN]])
     with np.errstate(all="raise"):
-        got = group_advantages(rewards, estimator, scale)  # type: ignore[arg-type]
+        got = group_advantages(rewards, estimator, scale)
     np.testing.assert_array_equal(got, [[NAN, 0.0, NAN], [NAN, NAN, NAN]])
     assert zero_variance(rewards).tolist() == [True, True]
     assert group_std(rewards).tolist() == [0.0, 0.0]

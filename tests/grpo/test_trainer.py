@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_metrics_have_every_promised_name(reference: Path) -> None:
     row = rows(reference / "inline")[3]
-    promised = """step reward reward_std rewards/exact_match/mean rewards/length/mean loss grad_norm entropy
-        completions/mean_length frac_reward_zero_std sampling/sampling_logp_difference/mean
-        sampling/sampling_logp_difference/max policy_version eval/accuracy learning_rate""".split()
+    promised = [
+        *("step", "reward", "reward_std", "rewards/exact_match/mean", "rewards/length/mean", "loss", "grad_norm"),
+        *("learning_rate", "entropy", "completions/mean_length", "frac_reward_zero_std", "policy_version"),
+        *("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "eval/accuracy"),
+    ]
     assert set(promised) <= set(row)
     assert row["sampling/sampling_logp_difference/max"] < 1e-4
     times = json.loads((reference / "inline" / "metrics.jsonl").read_text().splitlines()[3])
@@ -175,25 +178,33 @@ def test_an_engine_that_dies_in_a_refill_is_replaced(reference: Path, monkeypatc
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_run_goes_through_ray(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Actors of every kind, as Ray's own state API sees them, and colocated in one process with equal numbers."""
-    seen: set[str] = set()
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        ("separate", {"LearnerActor": 1, "RolloutActor": 2, "RewardActor": 1}),
+        ("colocated", {"ColocatedActor": 1}),
+    ],
+)
+def test_the_run_goes_through_ray(
+    reference: Path, monkeypatch: pytest.MonkeyPatch, placement: str, expected: dict[str, int]
+) -> None:
+    """Ray's own state API sees the actors of the run, and the numbers are those of one process."""
+    from ray.util.state import list_actors
+
+    seen: list[dict[str, int]] = []
     learn = Cluster.learn
 
     def look(self: Cluster, batches: Any) -> Any:
-        assert isinstance(self.backend, Remote)
-        seen.update(type_name(actor) for actor in self.backend.hosts.values())
+        if not seen:
+            seen.append(dict(Counter(actor.class_name for actor in list_actors() if actor.state == "ALIVE")))
         return learn(self, batches)
 
-    def type_name(actor: Any) -> str:
-        return actor._ray_actor_creation_function_descriptor.class_name
-
     monkeypatch.setattr(Cluster, "learn", look)
-    content = settings(reference, "colocated", "ray")
-    content["run"]["placement"] = "colocated"
+    content = settings(reference, placement, "ray")
+    content["run"]["placement"] = placement
     GRPOTrainer(content).train()
-    assert seen == {"ColocatedActor"}
-    assert rows(reference / "colocated") == rows(reference / "inline")
+    assert seen == [expected]
+    assert rows(reference / placement) == rows(reference / "inline")
 
 
 def test_trainer_takes_a_config_object(tmp_path: Path) -> None:
