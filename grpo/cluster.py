@@ -251,6 +251,9 @@ def submit_job(config: Config, address: str) -> int:
     Paths of the configuration are made absolute: the cluster must see the same files (one machine, or a shared file
     system) and have this package installed. Raises ValueError where no cluster answers.
     """
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").is_file():
+        # `ray start` asks for the token once there is one, but Ray's job client does not send it by itself
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
     try:

@@ -376,7 +376,7 @@ _Loader.add_implicit_resolver(
 
 def _override(content: dict[str, Any], override: str) -> None:
     match = re.fullmatch(r"--([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", override, re.DOTALL)
-    if match is None:
+    if match is None or ("." not in match[1] and match[1] not in Config.model_fields):
         raise ConfigError(f"argument {override!r} is not of the form --section.key=value (or --section=null)")
     *sections, key = match[1].split(".")
     node: Any = content
