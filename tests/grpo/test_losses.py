@@ -187,7 +187,7 @@ def test_masked_samples_weigh_nothing() -> None:
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_masked_tokens_do_not_matter_even_if_not_finite(loss_type: str) -> None:
-    fields = {"rollout_logprobs": OLD, "ref_logprobs": OLD - 0.1}
+    fields: dict[str, Any] = {"rollout_logprobs": OLD, "ref_logprobs": OLD - 0.1}
     for level, correction, bad in itertools.product(
         ("token", "sequence"), CORRECTIONS, (math.nan, math.inf, -math.inf)
     ):
@@ -246,7 +246,7 @@ def padded_trl_loss(
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_equals_trl_on_padded_rows(loss_type: str, level: str) -> None:
+def test_equals_trl_on_padded_rows(loss_type: Any, level: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     lengths = np.array([4, 7, 1, 3, 5, 2])
     real = torch.arange(7) < torch.from_numpy(lengths)[:, None]  # [B, L]
@@ -260,11 +260,11 @@ def test_equals_trl_on_padded_rows(loss_type: str, level: str) -> None:
         padded = {"old": old, "ref": old + noise["ref"], "rollout": old + noise["rollout"]}
         padded["advantages"] = torch.randn(6, generator=generator)
         options = LossOptions(
-            loss_type=loss_type,  # type: ignore[arg-type]
+            loss_type=loss_type,
             epsilon_high=0.28,
             delta=delta,
             beta=beta,
-            importance_sampling_level=level,  # type: ignore[arg-type]
+            importance_sampling_level=level,
             importance_sampling_correction=correction,
             importance_sampling_cap=2.0,
         )
