@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import write_result
+from benchmarks.common import machine, write_result
 from grpo import GRPOTrainer
 from grpo.cluster import Cluster
 from rewards import RewardInput, Score
@@ -65,10 +65,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--control-seeds", default="0")
     args = parser.parse_args()
+    before = machine()
     with tempfile.TemporaryDirectory() as folder:
         rows = [train(int(seed), Path(folder), False) for seed in args.seeds.split(",")]
         rows += [train(int(seed), Path(folder), True) for seed in args.control_seeds.split(",") if seed]
-    print(write_result("smoke_learns", __doc__ or "", {}, {"runs": rows}))
+    print(write_result("smoke_learns", __doc__ or "", before, {"runs": rows}))
 
 
 if __name__ == "__main__":
