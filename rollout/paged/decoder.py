@@ -14,26 +14,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import DeepseekV3ForCausalLM, SequenceLayout
-from model.rope import apply_rope
+from model.moe import Routing
+from rollout.paged.weights import LayerWeights, fast_norm
 
 
 class PagedDecoder:
-    """Runs a model over cache slots; slot = page * page_size + offset. Holds the cache, not who owns which page."""
+    """Runs a model over cache slots; slot = page * page_size + offset. Holds the cache, not who owns which page.
+
+    exact: what decode computes for a sequence is the same to the last bit whatever else is in the batch (on the CPU).
+    Every row is a matrix product of its own, and elementwise functions are those that treat the elements at the end
+    of a tensor, which fill no whole vector register, like the others.
+    """
 
     def __init__(self, model: DeepseekV3ForCausalLM, page_size: int, exact: bool = False) -> None:
         self.model = model
         self.page_size = page_size
         self.exact = exact
         config = model.config
-        self.rank, self.heads, self.nope_dim = config.kv_lora_rank, config.num_attention_heads, config.qk_nope_head_dim
-        self.width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.rank, self.rope_dim, self.heads = config.kv_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
+        self.width, self.scale = self.rank + self.rope_dim, config.softmax_scale
+        # up to this many sequences, all experts on all of them cost less than sorting them by expert
+        small = config.n_routed_experts * config.moe_intermediate_size <= 1024 and model.device.type == "cpu"
+        self.every_expert_up_to = 24 if small and not exact else 0
         self.cache = torch.empty(0)
-        self.layers: list[dict[str, Any]] = []
+        self.layers: list[LayerWeights] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Takes over the model's current weights: derived matrices are computed anew."""
-        self.layers = [self._derive(layer) for layer in self.model.model.layers]
+        config, every = self.model.config, self.every_expert_up_to > 0
+        self.layers = [LayerWeights.of(layer, config, self.exact, every) for layer in self.model.model.layers]
+        self.final_norm = fast_norm(self.model.model.norm, self.exact)
 
     def reserve(self, num_pages: int) -> None:
         """Makes the cache hold at least num_pages pages; what was in it is lost when it grows."""
@@ -42,37 +53,14 @@ class PagedDecoder:
             shape = (len(self.layers), num_slots, self.width)
             self.cache = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
 
-    def _derive(self, layer: Any) -> dict[str, Any]:
-        attn = layer.self_attn
-        up = attn.kv_b_proj.weight.detach().unflatten(0, (self.heads, -1))  # [n_h, d_n + d_v, r]
-        moe = layer.is_moe
-        mlp = layer.mlp.shared_experts if moe else layer.mlp
-        derived: dict[str, Any] = {
-            "layer": layer,
-            "up_key": up[:, : self.nope_dim].contiguous(),  # [n_h, d_n, r]
-            "up_value": up[:, self.nope_dim :].transpose(1, 2).contiguous(),  # [n_h, r, d_v]
-            "gate_up": torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).detach() if mlp is not None else None,
-            "down": mlp.down_proj.weight.detach() if mlp is not None else None,
-        }
-        if attn_has_query_lora(attn):
-            derived["qkv_a"] = torch.cat((attn.q_a_proj.weight, attn.kv_a_proj_with_mqa.weight)).detach()
-        if moe and not self.exact and few_experts(self.model):
-            experts = layer.mlp.experts
-            # every expert on every token in two matrix products: for a few small experts cheaper than sorting tokens
-            derived["all_gate"], derived["all_up"] = (
-                w.detach().flatten(0, 1).contiguous() for w in experts.gate_up_proj.chunk(2, dim=1)
-            )  # [E I, d] each
-            derived["all_down"] = experts.down_proj.detach().permute(0, 2, 1).flatten(0, 1).contiguous()  # [E I, d]
-        return derived
-
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, layout: SequenceLayout, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed prompts [T] into the cache slots [T] -> (hidden [T, d] after the final norm, experts [T, L_moe, K])."""
+        """Packed prompts [T] into the cache slots [T] -> (hidden [T, d] after the final norm, experts [T, L_moe, K])"""
         cos, sin = self.model.model.rotary(layout.position_ids)
         x = self.model.model.embed_tokens(input_ids)  # [T, d]
         chosen = []
-        for index, layer in enumerate(self.model.model.layers):
-            attn = layer.self_attn
+        for index, weights in enumerate(self.layers):
+            layer, attn = weights.layer, weights.layer.self_attn
             q_nope, q_rope, latent = attn.project(layer.input_layernorm(x), cos, sin)
             self.cache[index].index_copy_(0, slots, latent)
             x, routing = layer.feed_forward(x + attn.attend(q_nope, q_rope, latent, layout))
@@ -87,12 +75,8 @@ class PagedDecoder:
         input_ids, positions: [B] int64, the newest token and its position. pages: [B, P] int64, the cache page of
         each run of page_size positions; entries beyond a sequence's position are any valid page.
         """
-        if self.exact and len(input_ids) == 1:  # a batch of one takes other matrix kernels than a batch of many
-            twice = (x.repeat_interleave(2, 0) for x in (input_ids, positions, pages))
-            hidden, experts = self.decode(*twice)
-            return hidden[:1], experts[:1]
         model, size = self.model.model, self.page_size
-        cos, sin = model.rotary(positions)
+        turns = torch.complex(*model.rotary(positions))[:, None]  # [B, 1, d_r / 2]
         x = model.embed_tokens(input_ids)  # [B, d]
         batch, length = len(pages), pages.shape[1] * size
         slots = pages.gather(1, (positions // size)[:, None])[:, 0] * size + positions % size
@@ -101,21 +85,17 @@ class PagedDecoder:
         mask.masked_fill_(hidden_from[:, None, None], float("-inf"))
         flat = pages.flatten()
         chosen: list[Tensor] = []
-        for index, part in enumerate(self.layers):
-            layer = part["layer"]
-            q_nope, q_rope, latent = self._project(part, layer.input_layernorm(x), cos, sin)
-            cache = self.cache[index]
+        for cache, weights in zip(self.cache, self.layers):
+            query, latent = self._project(weights, weights.input_norm(x), turns)
             cache.index_copy_(0, slots, latent)
             # whole pages at a time: a copy of a few large pieces
             seen = cache.view(-1, size * self.width).index_select(0, flat).view(batch, 1, length, self.width)
-            query = torch.cat((self._absorb(q_nope, part["up_key"]), q_rope), dim=-1)  # [B, n_h, r + d_r]
-            out = F.scaled_dot_product_attention(
-                query[:, None], seen, seen, attn_mask=mask, scale=layer.self_attn.scale
-            )[:, 0, :, : self.rank]  # [B, n_h, r]
-            value = self._absorb(out, part["up_value"])  # [B, n_h, d_v]
-            x = x + self._linear(value.flatten(1), layer.self_attn.o_proj.weight)
-            x = x + self._feed_forward(part, layer.post_attention_layernorm(x), chosen)
-        return model.norm(x), self._stack(chosen, x)
+            out = F.scaled_dot_product_attention(query, seen, seen, attn_mask=mask, scale=self.scale)
+            out = out[:, 0, :, : self.rank]  # [B, n_h, r]
+            value = out if weights.up_value is None else self._absorb(out, weights.up_value)
+            x = x + self._linear(value.flatten(1), weights.output)
+            x = x + self._feed_forward(weights, weights.mlp_norm(x), chosen)
+        return self.final_norm(x), self._stack(chosen, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, d] -> [B, V]."""
@@ -128,87 +108,80 @@ class PagedDecoder:
         return torch.zeros(len(x), 0, self.model.config.num_experts_per_tok, dtype=torch.int64)
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [B, in] @ weight [out, in]^T; in exact mode each row is a product of its own, blind to its neighbours."""
-        if self.exact:
-            return torch.bmm(x[:, None], weight.t().expand(len(x), -1, -1))[:, 0]
-        return F.linear(x, weight)
+        """x [B, in] @ weight [out, in]^T."""
+        return _each_row(x, weight.t().expand(len(x), -1, -1)) if self.exact else F.linear(x, weight)
 
     def _absorb(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [B, n_h, a] times weight [n_h, a, b] -> [B, n_h, b]."""
         if self.exact:
-            rows = x.flatten(0, 1)[:, None]  # [B n_h, 1, a]
-            return torch.bmm(rows, weight.repeat(len(x), 1, 1)).view(len(x), weight.shape[0], -1)
+            return _each_row(x.flatten(0, 1), weight.repeat(len(x), 1, 1)).unflatten(0, x.shape[:2])
         return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
-    def _project(self, part: dict[str, Any], h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """MultiheadLatentAttention.project with the two down-projections in one product."""
-        attn = part["layer"].self_attn
-        if "qkv_a" in part:
-            query_rank = attn.q_a_proj.weight.shape[0]
-            down = self._linear(h, part["qkv_a"])  # [B, r_q + r + d_r]
-            q = self._linear(attn.q_a_layernorm(down[:, :query_rank]), attn.q_b_proj.weight)
-            compressed = down[:, query_rank:]
-        else:
-            q = self._linear(h, attn.q_proj.weight)
-            compressed = self._linear(h, attn.kv_a_proj_with_mqa.weight)
-        q = q.unflatten(-1, (self.heads, -1))  # [B, n_h, d_n + d_r]
-        # the rope key rides along as one more head, so both are rotated at once
-        key = compressed[:, None, self.rank :]  # [B, 1, d_r]
-        turned = apply_rope(torch.cat((q[..., self.nope_dim :], key), dim=1), cos, sin)  # [B, n_h + 1, d_r]
-        latent = torch.cat((attn.kv_a_layernorm(compressed[:, : self.rank]), turned[:, -1]), dim=-1)
-        return q[..., : self.nope_dim], turned[:, :-1], latent
+    def _project(self, weights: LayerWeights, h: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """h [B, d] -> the query over latents [B, 1, n_h, w] and the cache entry [B, w], both rotated."""
+        down = self._linear(h, weights.down)
+        q, compressed = down[:, : -self.width], down[:, -self.width :]
+        if weights.query_up is not None and weights.query_norm is not None:
+            q = self._linear(weights.query_norm(q), weights.query_up)
+        q = q.unflatten(-1, (self.heads, -1))  # [B, n_h, d_n + d_r], or [B, n_h, w] folded
+        q_nope, q_rope = q[..., : -self.rope_dim], q[..., -self.rope_dim :]
+        if weights.up_key is not None:
+            q_nope = self._absorb(q_nope, weights.up_key)  # [B, n_h, r]
+        # the rope key rides along as one more head, so both are rotated at once: pairs are complex numbers
+        pairs = torch.cat((q_rope, compressed[:, None, self.rank :]), dim=1).float().unflatten(-1, (-1, 2))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(h.dtype)  # [B, n_h + 1, d_r]
+        latent = torch.cat((weights.latent_norm(compressed[:, : self.rank]), turned[:, -1]), dim=-1)
+        return torch.cat((q_nope, turned[:, :-1]), dim=-1)[:, None], latent
 
-    def _feed_forward(self, part: dict[str, Any], h: Tensor, chosen: list[Tensor]) -> Tensor:
+    def _feed_forward(self, weights: LayerWeights, h: Tensor, chosen: list[Tensor]) -> Tensor:
         """The layer's MLP or mixture on h [B, d]; appends the experts it chose [B, K]."""
-        layer = part["layer"]
-        if not layer.is_moe:
-            return self._mlp(part, h)
-        gate = layer.mlp.gate
-        scores = self._linear(h.float(), gate.weight.float()).sigmoid()  # [B, E]
-        experts = gate.select(scores)  # [B, K]
-        weights = scores.gather(1, experts)
-        if gate.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * gate.scaling
+        mlp = weights.layer.mlp
+        if not weights.layer.is_moe:
+            return self._mlp(weights, h)
+        scores = self._sigmoid(self._linear(h.float(), mlp.gate.weight.float()))  # [B, E]
+        experts = mlp.gate.select(scores)  # [B, K]
+        share = scores.gather(1, experts)
+        if mlp.gate.norm_topk_prob:
+            share = share / (share.sum(-1, keepdim=True) + 1e-20)
+        share = share * mlp.gate.scaling
         chosen.append(experts)
+        if weights.every is not None and len(h) <= self.every_expert_up_to:
+            return weights.every(h, experts, share)
         if self.exact:
-            out = self._own_experts(layer.mlp.experts, h, experts, weights)
-        elif "all_gate" in part:
-            share = torch.zeros_like(scores).scatter_(1, experts, weights).to(h.dtype)  # [B, E]
-            inner = F.silu(F.linear(h, part["all_gate"])) * F.linear(h, part["all_up"])  # [B, E I]
-            out = (inner.unflatten(1, (scores.shape[1], -1)) * share[..., None]).flatten(1) @ part["all_down"]
+            out = self._own_experts(mlp.experts, h, experts, share)
         else:
             counts = torch.zeros(scores.shape[1], dtype=torch.int64, device=h.device)
             counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
-            out = layer.mlp.experts(h, _Routing(experts, weights, counts))
-        return out if part["down"] is None else out + self._mlp(part, h)
+            out = mlp.experts(h, Routing(experts, share, scores, counts))
+        return out if weights.gate_up is None else out + self._mlp(weights, h)
 
-    def _mlp(self, part: dict[str, Any], h: Tensor) -> Tensor:
-        gate, up = self._linear(h, part["gate_up"]).chunk(2, dim=-1)
-        return self._linear(F.silu(gate) * up, part["down"])
+    def _mlp(self, weights: LayerWeights, h: Tensor) -> Tensor:
+        assert weights.gate_up is not None and weights.mlp_down is not None
+        gate, up = self._linear(h, weights.gate_up).chunk(2, dim=-1)
+        return self._linear(self._silu(gate) * up, weights.mlp_down)
+
+    def _sigmoid(self, x: Tensor) -> Tensor:
+        # torch's sigmoid (and silu) has another exponential for the last elements of a tensor; exp has not
+        return 1 / (1 + (-x).exp()) if self.exact else x.sigmoid()
+
+    def _silu(self, x: Tensor) -> Tensor:
+        return x * self._sigmoid(x.float()).to(x.dtype) if self.exact else F.silu(x)
 
     def _own_experts(self, experts: Any, h: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each token's K experts, gathered and multiplied for that token alone."""
         batch, top_k = chosen.shape
-        rows = h.repeat_interleave(top_k, 0)[:, None]  # [B K, 1, d]
-        picked = chosen.flatten()
-        gate, up = torch.bmm(rows, experts.gate_up_proj[picked].transpose(1, 2)).chunk(2, dim=-1)
-        out = torch.bmm(F.silu(gate) * up, experts.down_proj[picked].transpose(1, 2))  # [B K, 1, d]
+        picked = chosen.flatten()  # [B K]
+        inner = _each_row(h.repeat_interleave(top_k, 0), experts.gate_up_proj[picked].transpose(1, 2))
+        gate, up = inner.chunk(2, dim=-1)
+        out = _each_row(self._silu(gate) * up, experts.down_proj[picked].transpose(1, 2))  # [B K, d]
         return (out.view(batch, top_k, -1) * weights[..., None].to(h.dtype)).sum(1)
 
 
-class _Routing:
-    """What model.moe.Experts reads of a routing."""
+def _each_row(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Row i of rows [N, a] times matrices[i], matrices [N, a, b] -> [N, b]; a row's result knows nothing of the others.
 
-    def __init__(self, experts: Tensor, weights: Tensor, counts: Tensor) -> None:
-        self.experts, self.weights, self.counts = experts, weights, counts
-
-
-def attn_has_query_lora(attn: Any) -> bool:
-    return hasattr(attn, "q_a_proj")
-
-
-def few_experts(model: DeepseekV3ForCausalLM) -> bool:
-    """Whether all experts together are so small that computing every one costs less than sorting tokens by expert."""
-    config = model.config
-    return config.n_routed_experts * config.moe_intermediate_size <= 1024 and model.device.type == "cpu"
+    In FP32: the CPU's products of BF16 matrices are slow one row at a time.
+    """
+    if len(rows) == 1:  # one product takes another kernel than many
+        return _each_row(rows.expand(2, -1), matrices.expand(2, -1, -1))[:1]
+    return torch.bmm(rows.float()[:, None], matrices.float())[:, 0].to(rows.dtype)
