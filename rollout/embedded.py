@@ -68,6 +68,7 @@ class EmbeddedEngine:
         self.eos_token_ids = frozenset(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.decoder = PagedDecoder(model, page_size, exact)
         self.policy_version = 0
+        self.whole = True  # False once a load has failed: the weights are then of two versions
         self.pool = PagePool(0)
         self.table_width = 0
         self._reset()
@@ -79,9 +80,12 @@ class EmbeddedEngine:
         self._batch: _Batch | None = None  # tensors of `running`; None: to be built anew
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """See Engine. Raises ValueError for missing, unknown or misshapen tensors."""
+        """See Engine. Raises ValueError for missing, unknown or misshapen tensors; then nothing is sampled until a
+        complete set has come."""
         assert not self.running and not self.waiting, "weights change between generations only"
+        self.whole = False
         load_hf_state(self.model, weights)
+        self.whole = True
         self.decoder.refresh()
         self.policy_version = version
 
@@ -89,6 +93,8 @@ class EmbeddedEngine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[list[Completion]]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if self.waiting or self.running:
+            raise ValueError("requests of add_request are unfinished; call step until they are done")
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
         for i, (prompt, p) in enumerate(zip(prompts, each)):
@@ -127,6 +133,8 @@ class EmbeddedEngine:
 
     def _check(self, prompt: Sequence[int], params: SamplingParams, name: str) -> None:
         vocab = self.model.config.vocab_size
+        if not self.whole:
+            raise ValueError("the last set of weights was incomplete; load a complete one first")
         if len(prompt) == 0:
             raise ValueError(f"{name} has no tokens")
         bad = [t for t in prompt if not isinstance(t, int | np.integer) or not 0 <= t < vocab]

@@ -105,7 +105,7 @@ class PagedDecoder:
     def _stack(self, chosen: list[Tensor], x: Tensor) -> Tensor:
         if chosen:
             return torch.stack(chosen, 1)
-        return torch.zeros(len(x), 0, self.model.config.num_experts_per_tok, dtype=torch.int64)
+        return torch.zeros(len(x), 0, self.model.config.num_experts_per_tok, dtype=torch.int64, device=x.device)
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [B, in] @ weight [out, in]^T."""

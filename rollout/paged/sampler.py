@@ -6,6 +6,7 @@ in the logits. Truncation goes as in vLLM: min-p, then top-k, then top-p of what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class SamplingRows:
 
     temperature: torch.Tensor | None  # [B, 1] float32; None: 1 everywhere
     greedy: torch.Tensor | None  # [B] bool; None: nowhere
-    top_p: torch.Tensor  # [B, 1] float32
+    top_p: torch.Tensor  # [B, 1] float32, infinite where off, as a sum of probabilities may round to 1 too early
     top_k: torch.Tensor  # [B, 1] int64, V where off
     min_p: torch.Tensor  # [B, 1] float32
     truncated: bool
@@ -37,7 +38,7 @@ class SamplingRows:
         return cls(
             temperature=None if plain else column([p.temperature or 1.0 for p in params]),
             greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
-            top_p=column([p.top_p for p in params]),
+            top_p=column([p.top_p if p.top_p < 1 else math.inf for p in params]),
             top_k=column(top_k),
             min_p=column([p.min_p for p in params]),
             truncated=any(p.top_p < 1 or p.min_p > 0 for p in params) or any(k < vocab_size for k in top_k),
@@ -56,14 +57,17 @@ def sample(
         logits = logits / rows.temperature
     log_all = torch.log_softmax(logits, dim=-1)  # [B, V]
     probs = log_all.exp()
-    if rows.truncated:
-        probs = probs * kept_tokens(probs, rows)
+    kept = kept_tokens(probs, rows) if rows.truncated else None  # [B, V]
+    if kept is not None:
+        probs = probs * kept
     cumulative = probs.double().cumsum(-1)  # [B, V]
     total = cumulative[:, -1:]
     threshold = torch.from_numpy(draws).to(logits.device)[:, None] * total  # [B, 1]
     # first token whose cumulative probability exceeds the threshold: never one that was cut (its step is 0)
     tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)  # [B, 1]
-    log_support = total.log().float() if rows.truncated else torch.zeros_like(log_all[:, :1])
+    log_support = torch.zeros_like(log_all[:, :1])
+    if kept is not None:  # exactly 0 for a row that keeps everything: not a matter of rounding or of other rows
+        log_support = torch.where(kept.all(-1, keepdim=True), log_support, total.log().float())
     if rows.greedy is not None:
         tokens = torch.where(rows.greedy[:, None], log_all.argmax(-1, keepdim=True), tokens)
     logprobs = log_all.gather(1, tokens)

@@ -11,7 +11,7 @@ TINY = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
     "num_attention_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 12,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_group": 4, "topk_group": 2,
-    "first_k_dense_replace": 1, "n_shared_experts": 1, "initializer_range": 0.3, "max_position_embeddings": 256,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "initializer_range": 0.2, "max_position_embeddings": 256,
     "eos_token_id": 2,
     "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32,
                      "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},

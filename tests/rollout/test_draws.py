@@ -38,7 +38,7 @@ def test_different_seeds_positions_and_parts_give_different_draws() -> None:
 
 def test_draws_are_uniform_and_uncorrelated() -> None:
     table = uniform(np.repeat(sample_seeds(7, 400), 400), np.tile(np.arange(400), 400)).reshape(400, 400)
-    assert 0 < table.min() and table.max() < 1
+    assert table.min() > 0 and table.max() < 1
     counts = np.histogram(table, bins=100, range=(0, 1))[0]
     expected = table.size / 100
     assert ((counts - expected) ** 2 / expected).sum() < 149  # chi-square, 99 degrees of freedom, p = 0.001
