@@ -25,8 +25,8 @@ def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int, keep_last:
     batches: list[list[list[TrainingSample]]] = [[]]
     room = max_tokens
     for group in groups:
-        for piece in _split(list(group), max_tokens):
-            size = _tokens(piece)
+        for piece in _split(list(group), max_tokens, keep_last):
+            size = _tokens(piece, keep_last)
             if size > room and batches[-1]:
                 batches.append([])
                 room = max_tokens
@@ -35,18 +35,18 @@ def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int, keep_last:
     return [_assemble(pieces, keep_last) for pieces in batches if pieces]
 
 
-def _tokens(group: Sequence[TrainingSample]) -> int:
+def _tokens(group: Sequence[TrainingSample], keep_last: bool) -> int:
     """Packed tokens of a group."""
     shared = len(group[0].prompt_ids) - 1
-    return shared + sum(len(sample.completion_ids) for sample in group)
+    return shared + sum(len(sample.completion_ids) + keep_last for sample in group)
 
 
-def _split(group: list[TrainingSample], max_tokens: int) -> list[list[TrainingSample]]:
+def _split(group: list[TrainingSample], max_tokens: int, keep_last: bool) -> list[list[TrainingSample]]:
     pieces: list[list[TrainingSample]] = []
     for sample in group:
         if not sample.prompt_ids or not sample.completion_ids:
             raise ValueError("a sample needs at least one prompt token and one completion token")
-        if pieces and _tokens([*pieces[-1], sample]) <= max_tokens:
+        if pieces and _tokens([*pieces[-1], sample], keep_last) <= max_tokens:
             pieces[-1].append(sample)
         else:
             pieces.append([sample])

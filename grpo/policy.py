@@ -80,11 +80,17 @@ class DeepseekV3Policy:
             mtp = mtp_loss(model, out.hidden, batch.input_ids, layout, detach=False, target_mask=counted)
             stats["sum/mtp_loss"] = mtp.loss_sum.detach().mean()
             loss = loss + aux.mtp_loss_weight * mtp.loss_sum.mean() / total_rows  # equations 24, 25
-        for scores in out.router_scores or ():
-            balance = sequence_balance_loss(
-                scores, layout.segment_ids, len(batch.parent), model.config.num_experts_per_tok
-            )
-            loss = loss + aux.router_aux_loss_coef * balance * batch.num_samples / total_samples
+        if out.router_scores:
+            # a sequence is a whole sample, its prompt included, however prompts are shared and groups cut
+            index, whole = layout.repeat_parents()
+            for scores in out.router_scores:
+                balance = sequence_balance_loss(
+                    scores.index_select(0, index),
+                    whole.segment_ids,
+                    batch.num_samples,
+                    model.config.num_experts_per_tok,
+                )
+                loss = loss + aux.router_aux_loss_coef * balance * batch.num_samples / total_samples
         return loss, stats, out.expert_counts
 
     def _collect(self) -> None:
