@@ -31,7 +31,7 @@ class _Request:
     id: int
     prompt: list[int]
     params: SamplingParams
-    seeds: np.ndarray  # [n] uint64
+    draws: np.ndarray  # [n, max_tokens] float64: the random number of each token of each sample
     stop: frozenset[int]
     done: list[Completion | None] = field(default_factory=list)
 
@@ -41,10 +41,8 @@ class _Running:
     request: _Request
     index: int  # which sample of the request
     pages: list[int]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    log_support: list[float] = field(default_factory=list)
-    experts: list[torch.Tensor] = field(default_factory=list)  # [tokens, L_moe, K] each
+    drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token, logprob, log_support
+    experts: list[np.ndarray] = field(default_factory=list)  # [tokens, L_moe, K] each
 
 
 class EmbeddedEngine:
@@ -114,7 +112,9 @@ class EmbeddedEngine:
         self._check(prompt, params, "the prompt")
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        request = _Request(self._next_id, list(prompt), params, sample_seeds(seed, params.n), stop, [None] * params.n)
+        seeds, positions = sample_seeds(seed, params.n), np.arange(params.max_tokens)
+        draws = uniform(seeds.repeat(len(positions)), np.tile(positions, len(seeds))).reshape(params.n, -1)
+        request = _Request(self._next_id, list(prompt), params, draws, stop, [None] * params.n)
         self._next_id += 1
         self.waiting.append(request)
         return request.id
@@ -223,7 +223,7 @@ class EmbeddedEngine:
                 picked = self.decoder.cache[:, torch.from_numpy(src).to(device)]
                 self.decoder.cache[:, torch.from_numpy(dst).to(device)] = picked
         if self.return_routed_experts:
-            parts = experts.to("cpu").split(lengths)
+            parts = np.split(self._compact(experts), cu_seqlens[1:-1])
             by_request = {r.id: part for r, part in zip(requests, parts)}
             for sequence in sequences:
                 sequence.experts.append(by_request[sequence.request.id])
@@ -239,46 +239,38 @@ class EmbeddedEngine:
         batch = self._batch or _Batch(self)
         hidden, experts = self.decoder.decode(*batch.inputs())
         if self.return_routed_experts:
-            for sequence, row in zip(self.running, experts.to("cpu")):
+            for sequence, row in zip(self.running, self._compact(experts)):
                 sequence.experts.append(row[None])
         ended = self._draw(self.running, self.decoder.logits(hidden), batch.rows)
         if ended:
             keep = [i for i, s in enumerate(self.running) if s.pages]
             self.running = [self.running[i] for i in keep]
             batch.keep(keep, self)
-        batch.advance([s.tokens[-1] for s in self.running])
+        batch.advance([s.drawn[-1][0] for s in self.running])
         self._batch = batch
         return ended
 
     def _draw(self, sequences: list[_Running], logits: torch.Tensor, rows: SamplingRows) -> list[_Running]:
         """Draws the next token of each sequence; returns those that ended (their pages released)."""
-        seeds = np.array([s.request.seeds[s.index] for s in sequences], dtype=np.uint64)
-        positions = np.array([len(s.tokens) for s in sequences], dtype=np.uint64)
-        drawn = sample(logits, rows, uniform(seeds, positions))
+        draws = np.array([s.request.draws[s.index, len(s.drawn)] for s in sequences])
         ended = []
-        for sequence, token, logprob, support in zip(sequences, *(t.tolist() for t in drawn)):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.log_support.append(support)
+        for sequence, drawn in zip(sequences, zip(*(t.tolist() for t in sample(logits, rows, draws)))):
+            sequence.drawn.append(drawn)
             request = sequence.request
-            if token in request.stop:
+            if drawn[0] in request.stop:
                 ended.append(self._finish(sequence, "stop"))
-            elif len(sequence.tokens) == request.params.max_tokens:
+            elif len(sequence.drawn) == request.params.max_tokens:
                 ended.append(self._finish(sequence, "length"))
         return ended
 
+    def _compact(self, experts: torch.Tensor) -> np.ndarray:
+        return experts.cpu().numpy().astype(np.uint8 if self.model.config.n_routed_experts <= 256 else np.int16)
+
     def _finish(self, sequence: _Running, reason: Any) -> _Running:
-        routed = None
-        if self.return_routed_experts:
-            dtype = np.uint8 if self.model.config.n_routed_experts <= 256 else np.int16
-            routed = torch.cat(sequence.experts).numpy().astype(dtype)
+        tokens, logprobs, log_support = zip(*sequence.drawn)
+        routed = np.concatenate(sequence.experts) if self.return_routed_experts else None
         sequence.request.done[sequence.index] = Completion(
-            tuple(sequence.tokens),
-            tuple(sequence.logprobs),
-            tuple(sequence.log_support),
-            reason,
-            self.policy_version,
-            routed,
+            tokens, logprobs, log_support, reason, self.policy_version, routed
         )
         self.pool.release(sequence.pages)
         sequence.pages = []
@@ -300,8 +292,8 @@ class _Batch:
         for row, sequence in zip(table, running):
             row[: len(sequence.pages)] = sequence.pages
         self.pages = torch.from_numpy(table).to(self.device)  # [B, P]
-        self.positions = np.array([len(s.request.prompt) + len(s.tokens) - 1 for s in running])
-        self.tokens = [s.tokens[-1] for s in running]
+        self.positions = np.array([len(s.request.prompt) + len(s.drawn) - 1 for s in running])
+        self.tokens = [s.drawn[-1][0] for s in running]
         self._settings(engine)
 
     def _settings(self, engine: EmbeddedEngine) -> None:
