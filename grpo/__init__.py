@@ -1,6 +1,9 @@
 """GRPO for mixture-of-experts models of the DeepSeek-V3 family: algorithm, learner, loop, command line."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo.trainer import GRPOTrainer
 
 __all__ = ["GRPOTrainer"]
 
