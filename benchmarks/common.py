@@ -69,6 +69,9 @@ def alternate(sides: Mapping[str, Callable[[], dict[str, Any]]], rounds: int = 3
     return results
 
 
+Measure = Callable[[str, str | Path, str | Path, Mapping[str, Any]], dict[str, Any]]  # run_ours or run_peer
+
+
 def run_peer(peer: str, model: str | Path, prompts: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Runs benchmarks/peers/PEER.py in .venv-peers and returns the JSON object that it prints last.
 
@@ -76,9 +79,20 @@ def run_peer(peer: str, model: str | Path, prompts: str | Path, settings: Mappin
     """
     if not PEERS_PYTHON.exists():
         raise SystemExit("error: .venv-peers is missing; run `make bench-peers`")
+    return _run(PEERS_PYTHON, f"benchmarks.peers.{peer}", model, prompts, settings)
+
+
+def run_ours(side: str, model: str | Path, prompts: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for benchmarks/ours/SIDE.py, with this interpreter."""
+    return _run(sys.executable, f"benchmarks.ours.{side}", model, prompts, settings)
+
+
+def _run(
+    python: str | Path, module: str, model: str | Path, prompts: str | Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     threads = str(settings.get("threads", 1))
     done = subprocess.run(
-        [PEERS_PYTHON, "-m", f"benchmarks.peers.{peer}", model, prompts, json.dumps(dict(settings))],
+        [python, "-m", module, model, prompts, json.dumps(dict(settings))],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -86,21 +100,41 @@ def run_peer(peer: str, model: str | Path, prompts: str | Path, settings: Mappin
         stdin=subprocess.DEVNULL,
     )
     if done.returncode:
-        raise RuntimeError(f"{peer} with {dict(settings)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{module} with {dict(settings)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def sweep_peer(
-    peer: str,
+def sweep(
+    measure: Measure,
+    name: str,
     model: str | Path,
     prompts: str | Path,
     settings: Mapping[str, Any],
     grid: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
-    """`run_peer` at each point of the grid, best median tokens a second first."""
+    """`measure` (run_ours or run_peer) at each point of the grid, best median tokens a second first."""
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    runs = [run_peer(peer, model, prompts, {**settings, **point}) for point in points]
-    return sorted(runs, key=lambda run: -run["tokens_per_second"]["median"])
+    runs = [measure(name, model, prompts, {**settings, **point}) for point in points]
+    return sorted(runs, key=speed, reverse=True)
+
+
+def speed(run: Mapping[str, Any]) -> float:
+    """Median tokens a second of a run."""
+    return run["tokens_per_second"]["median"]
+
+
+def middle(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of several rounds of one side: the median of their median tokens a second and of their median seconds."""
+    return {
+        "tokens_per_second": quartiles([speed(run) for run in runs])["median"],
+        "seconds": quartiles([run["seconds"]["median"] for run in runs])["median"],
+        "mean_length": quartiles([run["mean_length"] for run in runs])["median"],
+    }
+
+
+def points(runs: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A sweep in short: where, and how fast."""
+    return [{**{key: run["settings"][key] for key in grid}, "tokens_per_second": speed(run)} for run in runs]
 
 
 def versions(*packages: str) -> dict[str, str]:

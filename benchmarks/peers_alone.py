@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.common import DECODE_CASES, DECODE_GRID, STEP_CASES, STEP_GRID, machine, sweep_peer, write_result
+from benchmarks.common import DECODE_CASES, DECODE_GRID, STEP_CASES, STEP_GRID, machine, run_peer, sweep, write_result
 from benchmarks.make_model import make
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     for peer, cases, grid in (("trl_step", STEP_CASES, STEP_GRID), ("hf_generate", DECODE_CASES, DECODE_GRID)):
         for case, (kind, settings) in cases.items():
             folder = models[kind]
-            runs = sweep_peer(peer, folder / "model", folder / "prompts.json", settings, grid)
+            runs = sweep(run_peer, peer, folder / "model", folder / "prompts.json", settings, grid)
             results[f"{peer}/{case}"] = runs
             for run in runs:
                 chosen = {name: run["settings"][name] for name in grid}
