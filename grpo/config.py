@@ -283,6 +283,8 @@ class GRPOConfig(Section):
                 f"grpo.prompts_per_step {self.prompts_per_step} is not divisible by grpo.minibatches_per_step "
                 f"{self.minibatches_per_step}; choose a multiple"
             )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("grpo.epsilon_high is null; it is the cap of CISPO's ratio: set it, e.g. to 5")
         return self
 
     @property

@@ -89,10 +89,16 @@ class Learner:
         return StepStats(self.policy_version, metrics)
 
     def update(self, batches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, float, float, Stats]:
-        """One optimiser update -> (loss, gradient norm before clipping, learning rate, summed statistics)."""
+        """One optimiser update -> (loss, gradient norm before clipping, learning rate, summed statistics).
+
+        Raises ValueError for a gradient that is not finite, before it touches the weights.
+        """
         loss, stats = self.policy.forward_backward(batches, loss_fn)
         master = self.policy.master
         norm = torch.nn.utils.clip_grad_norm_(master, self.config.max_grad_norm or math.inf, foreach=True)
+        if not torch.isfinite(norm):  # a step would spread it over every weight
+            self.optimizer.zero_grad(set_to_none=True)
+            raise ValueError(f"the gradient norm of update {self.updates} is {float(norm)}; the weights are untouched")
         lr = self.learning_rate(self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -126,7 +132,10 @@ class Learner:
         return dataclasses.replace(
             batch,
             old_logprobs=self.logprobs(batch) if old else None,
-            ref_logprobs=None if self.reference is None else self.logprobs(batch, self.reference),
+            # the reference routes by itself, also where the policy replays the rollout's routing
+            ref_logprobs=None
+            if self.reference is None
+            else self.logprobs(dataclasses.replace(batch, routed_experts=None), self.reference),
         )
 
     def weights(self) -> list[Bucket]:

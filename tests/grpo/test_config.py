@@ -232,3 +232,8 @@ def test_the_resolved_configuration_comes_back_unchanged(tmp_path: Path) -> None
 
 def test_digest_depends_on_content_and_not_on_order() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_cispo_needs_its_cap() -> None:
+    assert "grpo.epsilon_high" in message({"grpo": {"loss_type": "cispo"}})
+    assert load_config({"grpo": {"loss_type": "cispo", "epsilon_high": 5}}).grpo.epsilon_high == 5

@@ -340,3 +340,16 @@ def test_router_biases(tiny: Path) -> None:
         want = 0.01 * torch.sign(total.float().mean() - total)
         torch.testing.assert_close(bias, want)
         assert bias.any()
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny: Path) -> None:
+    learner = Learner(tiny, GRPOConfig(learning_rate=1e-3))
+    before = everything(learner)
+
+    def broken(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:
+        return (hidden.sum() * head_weight.sum()) * float("nan"), {}
+
+    with pytest.raises(ValueError, match="gradient norm of update 0 is nan"):
+        learner.update(pack(make_groups(), 1000), broken)
+    assert all(torch.equal(before[name], value) for name, value in everything(learner).items())
+    assert all(master.grad is None for master in learner.policy.master)
