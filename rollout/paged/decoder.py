@@ -37,6 +37,7 @@ class PagedDecoder:
         small = config.n_routed_experts * config.moe_intermediate_size <= 1024 and model.device.type == "cpu"
         self.every_expert_up_to = 24 if small and not exact else 0
         self.cache = torch.empty(0)
+        self.gathered = torch.empty(0, page_size * self.width, dtype=model.dtype, device=model.device)
         self.layers: list[LayerWeights] = []
         self.refresh()
 
@@ -84,12 +85,16 @@ class PagedDecoder:
         mask = torch.zeros(batch, 1, 1, length, dtype=x.dtype, device=x.device)
         mask.masked_fill_(hidden_from[:, None, None], float("-inf"))
         flat = pages.flatten()
+        if len(flat) > len(self.gathered):  # kept: memory new at every step costs page faults, a third of the time
+            self.gathered = self.gathered.new_empty(2 * len(flat), size * self.width)
+        gathered = self.gathered[: len(flat)]
+        seen = gathered.view(batch, 1, length, self.width)
         chosen: list[Tensor] = []
         for cache, weights in zip(self.cache, self.layers):
             query, latent = self._project(weights, weights.input_norm(x), turns)
             cache.index_copy_(0, slots, latent)
             # whole pages at a time: a copy of a few large pieces
-            seen = cache.view(-1, size * self.width).index_select(0, flat).view(batch, 1, length, self.width)
+            torch.index_select(cache.view(-1, size * self.width), 0, flat, out=gathered)
             out = F.scaled_dot_product_attention(query, seen, seen, attn_mask=mask, scale=self.scale)
             out = out[:, 0, :, : self.rank]  # [B, n_h, r]
             value = out if weights.up_value is None else self._absorb(out, weights.up_value)

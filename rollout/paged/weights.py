@@ -90,7 +90,7 @@ class EveryExpert:
 
     def __call__(self, h: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """h [B, d], experts and weights [B, K] -> [B, d]; experts that were not chosen count 0."""
-        share = self.unrouted.repeat(len(h), 1).scatter_(1, experts, weights).to(h.dtype)  # [B, E + S]
+        share = self.unrouted.expand(len(h), -1).scatter(1, experts, weights).to(h.dtype)  # [B, E + S]
         inner = F.silu(F.linear(h, self.gate)) * F.linear(h, self.up)  # [B, (E + S) I]
         return (inner.unflatten(1, (share.shape[1], -1)) * share[..., None]).flatten(1) @ self.down
 
