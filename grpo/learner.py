@@ -59,12 +59,15 @@ class Learner:
     def step(self, minibatches: Sequence[Sequence[PackedBatch]]) -> StepStats:
         """One GRPO step: every mini-batch (a list of micro-batches) once in each of num_iterations passes.
 
-        With a single update the old log-probabilities are the current ones, so no pass is spent on them.
+        The first mini-batch of a single pass is used before any weight changes: its old log-probabilities are the
+        current ones, so no pass is spent on them.
         """
         config = self.config
         assert isinstance(config, GRPOConfig), f"{type(config).__name__} has no GRPO step"
-        single = len(minibatches) * config.num_iterations == 1
-        prepared = [[self._prepare(b, old=not single) for b in batches] for batches in minibatches]
+        prepared = [
+            [self._prepare(b, old=index > 0 or config.num_iterations > 1) for b in batches]
+            for index, batches in enumerate(minibatches)
+        ]
         options = LossOptions(
             **{f.name: getattr(config, f.name) for f in dataclasses.fields(LossOptions) if f.name != "epsilon_high"},
             epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,

@@ -214,6 +214,24 @@ def test_old_logprobs_are_from_before_the_first_update(tiny: Path, monkeypatch: 
     assert stats.metrics["clip_ratio/region_mean"] > 0
 
 
+def test_the_first_update_takes_no_old_logprobs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(tiny, GRPOConfig(minibatches_per_step=2), temperature=TEMPERATURE)
+    groups = make_groups()
+    second = pack(groups[2:], 1000)
+    want = [learner.logprobs(batch) for batch in second]
+    original, passes = learner.logprobs, []
+    monkeypatch.setattr(learner, "logprobs", lambda *given: (passes.append(given), original(*given))[1])
+    old: list[torch.Tensor | None] = []
+
+    def spy(logprobs: torch.Tensor, batch: PackedBatch, options: LossOptions) -> tuple[torch.Tensor, Stats]:
+        old.append(batch.old_logprobs)
+        return policy_loss(logprobs, batch, options)
+
+    monkeypatch.setattr(learner_module, "policy_loss", spy)
+    learner.step([pack(groups[:2], 1000), second])
+    assert len(passes) == 1 and old[0] is None and old[1] is not None and torch.equal(old[1], want[0])
+
+
 def test_a_single_update_takes_no_old_logprobs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = Learner(tiny, GRPOConfig(), temperature=TEMPERATURE)
     monkeypatch.setattr(learner, "logprobs", lambda *_: pytest.fail("a pass was spent on old log-probabilities"))
