@@ -201,6 +201,33 @@ class StageConfig(Section):
     """Steps between the checks of stop_accuracy."""
 
 
+class DistillConfig(Section):
+    """`grpo distill`: rejection sampling of SFT data from a policy. A step samples a share of the prompts."""
+
+    num_generations: int = Field(default=8, ge=1)
+    """Samples for each prompt (G)."""
+    threshold: float = Field(default=1.0, allow_inf_nan=False)
+    """Answers whose total reward reaches this (to 1e-9) are accepted, if they ended by themselves and are not empty."""
+    max_per_prompt: int = Field(default=1, ge=1)
+    """Different accepted answers that are kept of a prompt at most, the shortest first (k)."""
+    cap_mean_length: bool = True
+    """Drop the longest of those until kept answers are on average no longer than accepted ones, in which prompts that
+    are right more often (easy ones, with short answers) count more often. False: only within each prompt."""
+    max_prompts: int = Field(default=0, ge=0)
+    """Training prompts sampled, in the order of data.shuffle. 0: all."""
+    prompts_per_step: int = Field(default=256, ge=1)
+    """Prompts sampled, scored and written at a time: what a killed run loses at most."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> DistillConfig:
+        if self.max_per_prompt > self.num_generations:
+            raise ValueError(
+                f"distill.max_per_prompt {self.max_per_prompt} is more than distill.num_generations "
+                f"{self.num_generations}; lower it or sample more"
+            )
+        return self
+
+
 class GRPOConfig(Section):
     """The algorithm and its optimiser. Names are TRL's where TRL has one. A step is one rollout-and-update cycle."""
 
@@ -300,9 +327,11 @@ class Config(Section):
     """Reward name -> its weight, or a mapping with `weight` and the reward's own options."""
     grpo: GRPOConfig = GRPOConfig()
     sft: StageConfig | None = None
-    """`grpo sft`, and before `grpo train` the warm start (kept under runs/.cache). null: no warm start."""
+    """`grpo sft`; before `grpo train` and `grpo distill` the warm start (kept under runs/.cache). null: none."""
     pretrain: StageConfig | None = None
     """`grpo pretrain`."""
+    distill: DistillConfig | None = None
+    """`grpo distill`."""
 
     @field_validator("rewards")
     @classmethod
@@ -316,11 +345,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.grpo.num_generations > self.rollout.max_num_seqs:
-            raise ValueError(
-                f"grpo.num_generations {self.grpo.num_generations} is more than rollout.max_num_seqs "
-                f"{self.rollout.max_num_seqs}; an engine samples a group at once: raise max_num_seqs"
-            )
+        for name, section in (("grpo", self.grpo), ("distill", self.distill)):
+            if section is not None and section.num_generations > self.rollout.max_num_seqs:
+                raise ValueError(
+                    f"{name}.num_generations {section.num_generations} is more than rollout.max_num_seqs "
+                    f"{self.rollout.max_num_seqs}; an engine samples a group at once: raise max_num_seqs"
+                )
         if self.run.eval_reward and self.run.eval_reward not in self.rewards:
             raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
         return self
