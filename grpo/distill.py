@@ -178,20 +178,22 @@ def _sampling(config: Config) -> dict[str, Any]:
 
 
 def _check_origin(run_dir: Path, origin: dict[str, Any]) -> None:
-    """A resumed run must sample what it would have sampled. Raises ConfigError naming what is different."""
+    """A resumed run must sample what it would have sampled. Raises ConfigError naming the key that is different."""
     if not (run_dir / PROVENANCE).is_file():
         raise ConfigError(f"--resume {str(run_dir)!r} is no run of `grpo distill` (no {PROVENANCE}); check the path")
     saved = json.loads((run_dir / PROVENANCE).read_text())
     pairs = {
-        "the policy": (saved["policy"]["sha256"], origin["policy"]["sha256"]),
-        "the prompts": (saved["prompts"], origin["prompts"]),
-        **{f"the section {name}": (saved["sampling"][name], value) for name, value in origin["sampling"].items()},
+        f"{section}.{key}": (saved["sampling"][section].get(key), values.get(key))
+        for section, values in origin["sampling"].items()
+        for key in [*values, *saved["sampling"][section]]
     }
+    pairs["the policy under model.path"] = (saved["policy"]["id"], origin["policy"]["id"])
+    pairs["the digest of the prompts under data"] = (saved["prompts"]["digest"], origin["prompts"]["digest"])
     for name, (before, now) in pairs.items():
         if before != now:
             raise ConfigError(
-                f"{name} is not what {run_dir / PROVENANCE} was begun with; restore it, or start a new run (only "
-                "distill.threshold, max_per_prompt and cap_mean_length may change)"
+                f"{name} {now!r} is not the {before!r} that {run_dir} was begun with; restore it, or start a new run "
+                "(only distill.threshold, max_per_prompt and cap_mean_length may change)"
             )
 
 
