@@ -31,16 +31,39 @@ def train(
 
     Example: grpo train configs/smoke.yaml --grpo.max_steps=100 --run.cluster=inline
     """
-    if config is not None and config.startswith("--"):  # only overrides were given
-        ctx.args.insert(0, config)
-        config = None
     from grpo.trainer import GRPOTrainer
 
-    result = GRPOTrainer(config, ctx.args, resume).train()
+    result = GRPOTrainer(_given(ctx, config), ctx.args, resume).train()
     if result.accuracy_before is not None and result.accuracy_after is not None:
         before, after = 100 * result.accuracy_before, 100 * result.accuracy_after
         print(f"held-out greedy accuracy: {before:.1f} % before, {after:.1f} % after ({after - before:+.1f} points)")
     print(f"{result.seconds:.0f} s; report: {result.report}")
+
+
+def _given(ctx: typer.Context, config: str | None) -> str | None:
+    """The CONFIG argument; None where an override took its place."""
+    if config is not None and config.startswith("--"):
+        ctx.args.insert(0, config)
+        return None
+    return config
+
+
+@app.command(context_settings=OVERRIDES)
+def distill(
+    ctx: typer.Context,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")] = None,
+    resume: Annotated[str, typer.Option(metavar="RUN_DIR", help="Go on sampling, or choose again.")] = "",
+) -> None:
+    """Rejection sampling: answers of a policy that the rewards accept become an SFT data set.
+
+    Example: grpo distill configs/distill.yaml --distill.num_generations=16
+    """
+    from grpo.distill import describe
+    from grpo.distill import distill as run
+
+    result = run(_given(ctx, config), ctx.args, resume)
+    print(f"{describe(result.selection)}\n{result.data}; report: {result.report}")
+    print(f"train on it: grpo sft {result.sft}")
 
 
 @app.command(context_settings=OVERRIDES)

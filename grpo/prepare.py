@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from grpo.config import Config, ConfigError, digest
+from grpo.config import Config, ConfigError, digest, load_config
 from grpo.data import Row, load_rows, make_prompts
 from grpo.records import Prompt
 from model.config import DeepseekV3Config
@@ -32,6 +32,23 @@ class Prepared:
     train_rows: list[Row]
     prompts: list[Prompt]
     held_out: list[Prompt]
+
+
+def run_config(
+    source: str | Path | Mapping[str, Any] | Config | None, overrides: Sequence[str] = (), resume: str = ""
+) -> Config:
+    """The configuration of a new run, or with `resume` that of a run directory to go on with. Raises ConfigError."""
+    if resume:
+        saved = Path(resume) / "config.yaml"
+        if source is not None:
+            raise ConfigError(f"--resume {resume} brings its own configuration; leave {source} out")
+        if not saved.is_file():
+            raise ConfigError(f"--resume {resume!r} is no run directory (no config.yaml); check the path")
+        config = load_config(saved, overrides)
+        return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": resume})})
+    if source is None:
+        raise ConfigError("no configuration given; name a YAML file, or a run with --resume RUN_DIR")
+    return source if isinstance(source, Config) else load_config(source, overrides)
 
 
 def prepare(config: Config) -> Prepared:

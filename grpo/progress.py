@@ -74,6 +74,7 @@ def describe(metrics: Mapping[str, Any]) -> str:
     parts = []
     for label, name, form in (
         ("reward", "reward", ".3f"),
+        ("accepted", "acceptance_rate", ".3f"),
         ("accuracy", "eval/accuracy", ".3f"),
         ("loss", "loss", ".3f"),
         ("length", "completions/mean_length", ".1f"),
@@ -81,7 +82,7 @@ def describe(metrics: Mapping[str, Any]) -> str:
     ):
         if metrics.get(name) is not None:
             parts.append(f"{label} {metrics[name]:{form}}")
-    times = {stage: metrics.get(f"time/{stage}") or 0.0 for stage in STAGES}
+    times = {stage: metrics[name] or 0.0 for stage in STAGES if (name := f"time/{stage}") in metrics}
     if total := sum(times.values()):
         parts.append(" ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in times.items()))
     return "  ".join(parts)

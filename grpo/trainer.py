@@ -12,11 +12,11 @@ import torch
 
 from grpo.checkpoint import last_checkpoint, save_checkpoint
 from grpo.cluster import Cluster, RunFailure
-from grpo.config import Config, ConfigError, load_config
+from grpo.config import Config
 from grpo.data import PromptCursor
 from grpo.log import RunLog, load_metrics
 from grpo.loop import Run, run_loop
-from grpo.prepare import Prepared, fresh_run_dir, prepare
+from grpo.prepare import Prepared, fresh_run_dir, prepare, run_config
 from grpo.progress import Progress
 from grpo.report import write_report
 from grpo.stages import warm_start
@@ -48,17 +48,7 @@ class GRPOTrainer:
         Raises ConfigError.
         """
         self.resume = bool(resume)
-        if resume:
-            saved = Path(resume) / "config.yaml"
-            if source is not None:
-                raise ConfigError(f"--resume {resume} brings its own configuration; leave {source} out")
-            if not saved.is_file():
-                raise ConfigError(f"--resume {resume!r} is no run directory (no config.yaml); check the path")
-            config = load_config(saved, overrides)
-            source = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": resume})})
-        if source is None:
-            raise ConfigError("no configuration given; name a YAML file, or a run with --resume RUN_DIR")
-        self.config = source if isinstance(source, Config) else load_config(source, overrides)
+        self.config = run_config(source, overrides, resume)
 
     def train(self) -> TrainResult:
         """Prepares, trains and reports. Raises ValueError for bad input before any long work, RunFailure later."""
