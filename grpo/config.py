@@ -6,7 +6,6 @@ Nothing here imports torch, so a bad key is found in a blink.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -17,9 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-
-class ConfigError(ValueError):
-    """Bad configuration; the message is one line for the user."""
+from .overrides import ConfigError, YamlLoader, one_line, override
 
 
 class Section(BaseModel):
@@ -350,69 +347,18 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         if not path.is_file():
             raise ConfigError(f"configuration file {str(path)!r} does not exist; see configs/ for examples")
         try:
-            stem, content = path.stem, yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+            stem, content = path.stem, yaml.load(path.read_text(encoding="utf-8"), YamlLoader) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as err:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())}") from err
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must be a mapping of sections, not {type(content).__name__}")
-    for override in overrides:
-        _override(content, override)
+    for argument in overrides:
+        override(content, argument, Config)
     try:
         config = Config.model_validate(content)
     except ValidationError as err:
-        raise ConfigError(_one_line(err)) from err
+        raise ConfigError(one_line(err, Config)) from err
     run = config.run.model_copy(
         update={"name": config.run.name or stem, "output_dir": config.run.output_dir or f"runs/{stem}"}
     )
     return config.model_copy(update={"run": run})
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    match = re.fullmatch(r"--([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", override, re.DOTALL)
-    if match is None or ("." not in match[1] and match[1] not in Config.model_fields):
-        raise ConfigError(f"argument {override!r} is not of the form --section.key=value (or --section=null)")
-    *sections, key = match[1].split(".")
-    node: Any = content
-    for name in sections:
-        child = node.get(name)
-        if isinstance(child, int | float):  # rewards.exact_match: 1.0, and now an option is set
-            child = {"weight": child}
-        node[name] = node = {} if child is None else child
-        if not isinstance(node, dict):
-            raise ConfigError(f"{override}: {name!r} is not a section")
-    try:
-        node[key] = yaml.load(match[2], _Loader) if match[2] else ""
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{override}: the value is not YAML: {' '.join(str(err).split())}") from err
-
-
-def _one_line(err: ValidationError) -> str:
-    first = err.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        model: Any = Config
-        for part in first["loc"][:-1]:
-            model = _section_of(model.model_fields[str(part)].annotation)
-        unknown = str(first["loc"][-1])
-        near = difflib.get_close_matches(unknown, list(model.model_fields), n=1, cutoff=0.0)
-        return f"unknown key {key!r}; did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?"
-    if first["type"] == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        return message if "." in message.split(" ")[0] else f"{key}: {message}"
-    return f"{key} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-
-
-def _section_of(annotation: Any) -> type[Section]:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    raise AssertionError(f"{annotation=} is no section")
