@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.checkpoint import read_weights
@@ -27,6 +27,7 @@ from model.modeling import DeepseekV3ForCausalLM
 from model.names import from_hf, load_hf_state
 
 FOLDER = "adapter"  # of a checkpoint: PEFT's files, beside the merged weights
+WEIGHTS, BASE = "adapter_model.safetensors", "base.json"
 
 
 class LoraAdapter:
@@ -48,14 +49,14 @@ class LoraAdapter:
             from peft.tuners.tuners_utils import BaseTunerLayer
         except ImportError as err:
             raise ValueError("model.lora is set, but peft is not installed; pip install 'grpo-v3[lora]'") from err
-        config = LoraConfig(**{**options, **_targets(model, options)}, task_type="CAUSAL_LM")
+        self.config = LoraConfig(**{**options, **_targets(model, options)}, task_type="CAUSAL_LM")
         model.requires_grad_(False)
         mtp_layers, model.mtp_layers = model.mtp_layers, nn.ModuleList()  # out of peft's sight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.peft = PeftModel(model, config)
+            self.peft = PeftModel(model, self.config)
         model.mtp_layers = mtp_layers
-        config.base_model_name_or_path = str(Path(base_dir).resolve()) if base_dir else None
+        self.config.base_model_name_or_path = str(Path(base_dir).resolve()) if base_dir else None
         layers = {
             f"{_plain(name)}.{getattr(module, 'parameter_name', 'weight')}": module
             for name, module in model.named_modules()
@@ -67,11 +68,18 @@ class LoraAdapter:
         """While it lasts the model is the base, to the last bit."""
         return self.peft.disable_adapter()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's parameters under PEFT's names."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+
     def save(self, directory: str | Path) -> None:
-        """Writes `directory/adapter/` as PEFT does: `PeftModel.from_pretrained(base model, directory/adapter)`."""
+        """Writes `directory/adapter/` in PEFT's format: `PeftModel.from_pretrained(base model, directory/adapter)`."""
         folder = Path(directory) / FOLDER
-        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "base.json").write_text(json.dumps({"sha256": self.merged.base_digest()}))
+        self.config.save_pretrained(str(folder))  # PeftModel.save_pretrained would add an empty model card
+        save_file(self.tensors(), folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / BASE).write_text(json.dumps({"sha256": self.merged.base_digest()}))
 
     @torch.no_grad()
     def load(self, directory: str | Path) -> None:
@@ -79,30 +87,23 @@ class LoraAdapter:
 
         Raises ValueError for a checkpoint without an adapter, with one of another form, or made on other base weights.
         """
-        from peft import LoraConfig, get_peft_model_state_dict
-
         folder = Path(directory) / FOLDER
-        if not (folder / "base.json").is_file():
+        if not (folder / BASE).is_file():
             raise ValueError(f"{directory} has no {FOLDER}/: it was trained without model.lora; set that to null")
-        if json.loads((folder / "base.json").read_text())["sha256"] != self.merged.base_digest():
+        if json.loads((folder / BASE).read_text())["sha256"] != self.merged.base_digest():
             raise ValueError(f"{folder} was trained on other base weights than this model's; restore those")
-        saved, own = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(self.peft)
-        theirs, ours = LoraConfig.from_pretrained(str(folder)), self.peft.peft_config["default"]
+        saved, own = load_file(folder / WEIGHTS), self.tensors()
+        theirs, ours = json.loads((folder / "adapter_config.json").read_text()), self.config.to_dict()
         shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (saved, own)]
-        if shapes[0] != shapes[1] or theirs.lora_alpha != ours.lora_alpha:
+        if shapes[0] != shapes[1] or theirs["lora_alpha"] != ours["lora_alpha"]:
+            found, asked = (f"r {c['r']}, lora_alpha {c['lora_alpha']}" for c in (theirs, ours))
             raise ValueError(
-                f"{folder} has r {theirs.r}, lora_alpha {theirs.lora_alpha} and {len(saved)} tensors; model.lora gives "
-                f"r {ours.r}, lora_alpha {ours.lora_alpha} and {len(own)}: keep what the run began with"
+                f"{folder} has {found} and {len(saved)} tensors; model.lora gives {asked} and {len(own)}: "
+                "keep what the run began with"
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-        layers = self.merged.layers
-        others = (
-            p for p in read_weights(directory) if (at := from_hf(p[0], self.merged.config)) and at[0] not in layers
-        )
-        loader = load_hf_state(self.merged, others, strict=False)
-        if missing := [name for name in loader.missing if name not in layers]:
-            raise ValueError(f"{directory} lacks {', '.join(missing[:3])}: use a complete checkpoint")
+        self.merged.load_unadapted(read_weights(directory))
 
 
 class MergedModel(Mapping[str, Tensor]):
@@ -128,6 +129,14 @@ class MergedModel(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.base)
+
+    def load_unadapted(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads, of (published name, tensor) pairs, those that no adapter sits on. ValueError if one is missing."""
+        places = ((pair, from_hf(pair[0], self.config)) for pair in pairs)
+        others = (pair for pair, place in places if place is not None and place[0] not in self.layers)
+        missing = [name for name in load_hf_state(self, others, strict=False).missing if name not in self.layers]
+        if missing:
+            raise ValueError(f"{', '.join(missing[:3])} missing from the weights: use a complete checkpoint")
 
     def base_digest(self) -> str:
         """Of the first 1024 numbers of every adapted matrix: enough to tell one base from another."""
