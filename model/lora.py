@@ -114,21 +114,26 @@ class MergedModel(Mapping[str, Tensor]):
 
     def __init__(self, model: DeepseekV3ForCausalLM, layers: Mapping[str, Any]) -> None:
         """layers: in-memory name of each adapted matrix -> peft's layer."""
-        self.config, self.layers = model.config, layers
-        # taken once: peft's forward pass changes the order of a module's parameters
-        self.base = {_plain(name): t for name, t in model.state_dict().items() if ".lora_" not in name}
+        self.model, self.config, self.layers = model, model.config, layers
+        # in-memory name -> name among peft's layers; taken once, as peft's forward pass reorders a module's parameters
+        self.places = {_plain(name): name for name in model.state_dict() if ".lora_" not in name}
 
     def state_dict(self) -> Mapping[str, Tensor]:
         return self
 
     def __getitem__(self, name: str) -> Tensor:
-        return merged_weight(self.layers[name]) if name in self.layers else self.base[name]
+        return merged_weight(self.layers[name]) if name in self.layers else self.base(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.base)
+        return len(self.places)
+
+    def base(self, name: str) -> Tensor:
+        """The tensor without its adapter; no copy."""
+        module, _, leaf = self.places[name].rpartition(".")
+        return getattr(self.model.get_submodule(module), leaf).detach()
 
     def load_unadapted(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
         """Loads, of (published name, tensor) pairs, those that no adapter sits on. ValueError if one is missing."""
@@ -143,7 +148,7 @@ class MergedModel(Mapping[str, Tensor]):
         digest = hashlib.sha256()
         for name in self.layers:
             digest.update(name.encode())
-            digest.update(self.base[name].flatten()[:1024].cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(self.base(name).flatten()[:1024].cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -189,9 +194,8 @@ def _targets(model: DeepseekV3ForCausalLM, options: Mapping[str, Any]) -> dict[s
             raise ValueError(f"model.lora target {target!r} names {what}; adapters can sit on {', '.join(choices)}")
         seen |= set(hits)
     for module in modules:
-        if hit := next(
-            (name for name in matrices if f".{name}".endswith(f".{module}.weight") and ".mlp." in name), None
-        ):
+        hit = next((name for name in matrices if ".mlp." in name and f".{name}".endswith(f".{module}.weight")), None)
+        if hit:
             # with transformers 5 peft renames them, as this family's experts are stacked there: the adapter would load
             # on the routed experts and say nothing
             raise ValueError(
