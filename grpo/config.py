@@ -52,6 +52,23 @@ class RunConfig(Section):
     """On Ray: how often dead rollout or reward actors are replaced before the run stops. A dead learner stops it."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters by peft, whose LoraConfig gives the names. Router, norms, embeddings and head take none."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of an adapter; each routed expert has its own."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Adapters are scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, le=0)
+    """Only 0: with dropout the learner's probabilities would be other ones than the rollout's."""
+    target_modules: list[str] = Field(default_factory=list)
+    """Linear layers of the attention, by the end of their names, e.g. `o_proj`. The adapter's product is added to the
+    layer's: cheaper than target_parameters, but in bfloat16 the learner then differs a little from the engines."""
+    target_parameters: list[str] = Field(default_factory=list)
+    """Matrices, by the end of their names, e.g. `self_attn.o_proj.weight`, `shared_experts.up_proj.weight`,
+    `experts.gate_up_proj`. With target_modules empty too: all of attention, dense MLPs, shared and routed experts."""
+
+
 class ModelConfig(Section):
     """The policy."""
 
@@ -67,6 +84,10 @@ class ModelConfig(Section):
     """FP8 MoE updates."""
     gradient_checkpointing: bool = False
     """Recompute activations of each layer in the backward pass: less memory, about a third more time."""
+
+    lora: LoraConfig | None = None
+    """GRPO trains an adapter instead of the weights; the base is the KL reference. Supervised stages and the warm start
+    train all weights. null: GRPO trains all weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from grpo.config import GRPOConfig, StageConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
-from grpo.policy import AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
+from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
 from grpo.records import PackedBatch, StepStats
 from grpo.weight_sync import Bucket, buckets
 from model import DeepseekV3ForCausalLM
-from model.checkpoint import load_weights
-from model.names import hf_state
+from model.checkpoint import load_weights, save_model
+from model.lora import FOLDER, LoraAdapter
+from model.names import HFModel, hf_state
 
 
 class Learner:
@@ -38,8 +39,12 @@ class Learner:
         temperature: float = 1.0,
         checkpointing: bool = False,
         reference_dir: str | Path | None = None,
+        lora: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
-        """`reference_dir`: weights of the reference policy; None: model_dir. Raises ValueError for a bad directory."""
+        """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
+        on the weights of model_dir, which are then the reference as well. Raises ValueError for a bad directory.
+        """
         self.config, self.temperature = config, temperature
         model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
         auxiliary = AuxiliaryLosses(
@@ -47,9 +52,13 @@ class Learner:
             router_aux_loss_coef=config.router_aux_loss_coef,
             router_bias_update_rate=config.router_bias_update_rate,
         )
+        self.adapter = None if lora is None else LoraAdapter(model, lora, model_dir, seed)
+        self.published: HFModel = model if self.adapter is None else self.adapter.merged
         self.policy = DeepseekV3Policy(model, auxiliary, checkpointing)
-        self.reference: DeepseekV3Policy | None = None
-        if isinstance(config, GRPOConfig) and config.beta > 0:
+        self.reference: DeepseekV3Policy | AdapterOff | None = None
+        if isinstance(config, GRPOConfig) and config.beta > 0 and self.adapter is not None:
+            self.reference = AdapterOff(self.policy, self.adapter)
+        elif isinstance(config, GRPOConfig) and config.beta > 0:
             frozen = DeepseekV3ForCausalLM.from_pretrained(reference_dir or model_dir, dtype=getattr(torch, dtype))
             self.reference = DeepseekV3Policy(frozen.requires_grad_(False))
         self.optimizer = _optimizer(self.policy, config)
@@ -125,7 +134,7 @@ class Learner:
         return config.learning_rate * (share if config.lr_scheduler_type == "constant" else end + (1 - end) * share)
 
     @torch.no_grad()
-    def logprobs(self, batch: PackedBatch, policy: DeepseekV3Policy | None = None) -> torch.Tensor:
+    def logprobs(self, batch: PackedBatch, policy: DeepseekV3Policy | AdapterOff | None = None) -> torch.Tensor:
         """[R] float32: log-probabilities of a batch's targets, without gradient."""
         policy = policy or self.policy
         hidden = policy.hidden(batch)[batch.source]
@@ -143,18 +152,23 @@ class Learner:
 
     def weights(self) -> list[Bucket]:
         """The whole policy under published names, ready to travel; carries the policy version."""
-        return list(buckets(hf_state(self.policy.model), self.policy_version))
+        return list(buckets(hf_state(self.published), self.policy_version))
 
     def save(self, directory: str | Path) -> None:
-        """Writes a HF model directory and `train_state/`: what `load` needs to go on exactly as if never stopped."""
+        """Writes a HF model directory and `train_state/`: what `load` needs to go on exactly as if never stopped.
+
+        Under LoRA the weights are merged ones, and `adapter/` has the adapter in PEFT's format.
+        """
         directory = Path(directory)
-        self.policy.model.save_pretrained(directory)
+        save_model(self.published, directory)
+        if self.adapter is not None:
+            self.adapter.save(directory)
         state = directory / "train_state"
         state.mkdir(exist_ok=True)
         tensors = {}
-        for name, master in zip(self.policy.names, self.policy.master):
+        for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
             tensors |= {f"{name}|{key}": value for key, value in self.optimizer.state.get(master, {}).items()}
-            if master.dtype != self.policy.model.dtype:
+            if parameter is not master:
                 tensors[f"{name}|master"] = master.detach()
         save_file({key: value.contiguous() for key, value in tensors.items()}, state / "optimizer.safetensors")
         numbers = {"updates": self.updates, "policy_version": self.policy_version}
@@ -166,7 +180,14 @@ class Learner:
         state = directory / "train_state"
         if not (state / "learner.json").is_file():
             raise ValueError(f"{directory} has no train_state/learner.json; it is no training checkpoint")
-        load_weights(self.policy.model, directory)
+        if self.adapter is not None:
+            self.adapter.load(directory)
+        elif (directory / FOLDER).is_dir():
+            raise ValueError(
+                f"{directory} is a checkpoint of an adapter; go on with the model.lora it was trained with"
+            )
+        else:
+            load_weights(self.policy.model, directory)
         tensors = load_file(state / "optimizer.safetensors")
         for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
             if parameter is not master:

@@ -13,6 +13,7 @@ import torch
 
 from grpo.records import PackedBatch
 from model import DeepseekV3ForCausalLM, SequenceLayout
+from model.lora import LoraAdapter
 from model.moe import TopkRouter, balanced_bias, sequence_balance_loss
 from model.mtp import mtp_loss
 
@@ -120,3 +121,15 @@ class DeepseekV3Policy:
         """[T, d] without gradient."""
         layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
         return self.model.forward_packed(batch.input_ids, layout, batch.routed_experts).hidden
+
+
+class AdapterOff:
+    """A policy that trains an adapter, without it: the reference policy, at no cost in memory."""
+
+    def __init__(self, policy: DeepseekV3Policy, adapter: LoraAdapter) -> None:
+        self.policy, self.adapter, self.model = policy, adapter, policy.model
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """[T, d] without gradient."""
+        with self.adapter.off():
+            return self.policy.hidden(batch)

@@ -63,6 +63,8 @@ def learner_role(config: Config, model_dir: str, reference_dir: str) -> Learner:
         temperature=config.rollout.temperature,
         checkpointing=config.model.gradient_checkpointing,
         reference_dir=Path(reference_dir),
+        lora=None if config.model.lora is None else config.model.lora.model_dump(),
+        seed=config.run.seed,
     )
 
 
