@@ -48,6 +48,10 @@ class RunConfig(Section):
     """Reward that evaluations count: an answer is right where it gives 1. Empty: the first one listed."""
     log_samples: int = Field(default=16, ge=0)
     """Samples a step written to samples.jsonl, whole groups first. 0: none."""
+    alarms: dict[str, float] = Field(
+        default_factory=lambda: {"router/max_violation": 4.0, "router/dead_experts": 0.25, "router/drift": 0.5}
+    )
+    """Metric -> threshold. The first step with a value above it gets a line of warning, in the report too. {}: none."""
     max_restarts: int = Field(default=2, ge=0)
     """On Ray: how often dead rollout or reward actors are replaced before the run stops. A dead learner stops it."""
 
@@ -215,7 +219,7 @@ class StageConfig(Section):
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the sequence-wise balance loss (DeepSeek-V3 eq. 17). 0: none."""
     router_bias_update_rate: float = Field(default=0.001, ge=0)
-    """Auxiliary-loss-free balancing: change of a router bias in a step. 0: frozen."""
+    """Auxiliary-loss-free balancing by the tokens of an update: change of a router bias in it. 0: frozen."""
     stop_accuracy: float = Field(default=0.0, ge=0, le=1)
     """SFT stops once the sampled accuracy on training prompts that SFT does not see passes this. 0: runs max_steps."""
     eval_every: int = Field(default=25, ge=1)
@@ -316,10 +320,18 @@ class GRPOConfig(Section):
     """Extra rollouts of a step under dynamic sampling; after that the step takes what it has."""
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when a larger share of a step's samples could not be scored because of errors."""
-    router_bias_update_rate: float = Field(default=0.0, ge=0)
-    """Change of a router bias in a step. 0: the bias is frozen, as every recipe for this family does in RL."""
+    router_policy: Literal["frozen", "update", "rollout"] = "frozen"
+    """What moves the bias that balances the experts. frozen: nothing, as in every recipe for this family. update: at
+    each optimiser update, the tokens it trained on. rollout: once a step, the tokens that the rollout workers' experts
+    got, i.e. prompts and completions of all samples drawn, also of those that dynamic sampling drops."""
+    router_bias_update_rate: float = Field(default=0.001, gt=0)
+    """gamma: how far an expert's bias moves at a time, up below the mean load, down above it. Not used when frozen."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
-    """Weight of the sequence-wise balance loss. 0: none."""
+    """Weight of the sequence-wise balance loss (DeepSeek-V3 eq. 17). 0: none."""
+    mtp_loss_weight: float = Field(default=0.0, ge=0)
+    """Weight of the multi-token-prediction loss on the sampled tokens. 0: MTP layers stay as they are, at no cost."""
+    mtp_detach: bool = True
+    """The MTP loss trains the MTP layers only. false: it reaches the trunk, embedding and head, as in pretraining."""
 
     @model_validator(mode="after")
     def _divisible(self) -> GRPOConfig:
@@ -327,6 +339,12 @@ class GRPOConfig(Section):
             raise ValueError(
                 f"grpo.prompts_per_step {self.prompts_per_step} is not divisible by grpo.minibatches_per_step "
                 f"{self.minibatches_per_step}; choose a multiple"
+            )
+        default = type(self).model_fields["router_bias_update_rate"].default
+        if self.router_policy == "frozen" and self.router_bias_update_rate != default:
+            raise ValueError(
+                f"grpo.router_bias_update_rate is {self.router_bias_update_rate}, but grpo.router_policy is frozen; "
+                "set it to update or rollout, or leave the rate out"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("grpo.epsilon_high is null; it is the cap of CISPO's ratio: set it, e.g. to 5")
@@ -372,6 +390,11 @@ class Config(Section):
                     f"{name}.num_generations {section.num_generations} is more than rollout.max_num_seqs "
                     f"{self.rollout.max_num_seqs}; an engine samples a group at once: raise max_num_seqs"
                 )
+        if self.model.lora is not None and self.grpo.mtp_loss_weight > 0:
+            raise ValueError(
+                f"grpo.mtp_loss_weight {self.grpo.mtp_loss_weight} trains MTP layers, which get no adapter under "
+                "model.lora; set one of the two to its default"
+            )
         if self.run.eval_reward and self.run.eval_reward not in self.rewards:
             raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
         return self

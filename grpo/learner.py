@@ -21,6 +21,7 @@ from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
 from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
 from grpo.records import PackedBatch, StepStats
+from grpo.router import router_metrics
 from grpo.weight_sync import Bucket, buckets
 from model import DeepseekV3ForCausalLM
 from model.checkpoint import load_weights, save_model
@@ -47,13 +48,16 @@ class Learner:
         """
         self.config, self.temperature = config, temperature
         model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+        rl = isinstance(config, GRPOConfig)
         auxiliary = AuxiliaryLosses(
-            mtp_loss_weight=config.mtp_loss_weight if isinstance(config, StageConfig) else 0.0,
+            mtp_loss_weight=config.mtp_loss_weight,
+            mtp_detach=rl and config.mtp_detach,
             router_aux_loss_coef=config.router_aux_loss_coef,
-            router_bias_update_rate=config.router_bias_update_rate,
         )
         self.adapter = None if lora is None else LoraAdapter(model, lora, model_dir, seed)
         self.published: HFModel = model if self.adapter is None else self.adapter.merged
+        self.router_policy = config.router_policy if rl else "update"
+        self.router_start: torch.Tensor | None = None  # [L_moe, E] tokens per expert in the first step
         self.policy = DeepseekV3Policy(model, auxiliary, checkpointing)
         self.reference: DeepseekV3Policy | AdapterOff | None = None
         if isinstance(config, GRPOConfig) and config.beta > 0 and self.adapter is not None:
@@ -65,9 +69,13 @@ class Learner:
         self.updates = 0  # optimiser updates so far
         self.policy_version = 0
 
-    def step(self, minibatches: Sequence[Sequence[PackedBatch]]) -> StepStats:
+    def step(
+        self, minibatches: Sequence[Sequence[PackedBatch]], rollout_counts: torch.Tensor | None = None
+    ) -> StepStats:
         """One GRPO step: every mini-batch (a list of micro-batches) once in each of num_iterations passes.
 
+        rollout_counts [L_moe, up to E]: tokens per expert of the rollout. Under the router policy `rollout` they move
+        the biases once, after the last update.
         The first mini-batch of a single pass is used before any weight changes: its old log-probabilities are the
         current ones, so no pass is spent on them.
         """
@@ -95,8 +103,12 @@ class Learner:
                 updates.append(stats)
                 losses.append(loss)
                 norms.append(norm)
+        if self.router_policy == "rollout":
+            assert rollout_counts is not None, "router policy rollout without the rollout's counts"
+            self.policy.balance(rollout_counts, config.router_bias_update_rate)
         self.policy_version += 1
-        metrics = _combine(updates)
+        total = _sum(updates)
+        metrics = _combine(updates, total) | self.model_metrics(total)
         metrics |= {"loss": _mean(losses), "grad_norm": _mean(norms), "learning_rate": lr}
         return StepStats(self.policy_version, metrics)
 
@@ -106,19 +118,33 @@ class Learner:
         Raises ValueError for a gradient that is not finite, before it touches the weights.
         """
         loss, stats = self.policy.forward_backward(batches, loss_fn)
-        master = self.policy.master
-        norm = torch.nn.utils.clip_grad_norm_(master, self.config.max_grad_norm or math.inf, foreach=True)
-        if not torch.isfinite(norm):  # a step would spread it over every weight
+        norms = [float(norm) for norm in self.policy.clip(self.config.max_grad_norm or math.inf)]
+        bad = [norm for norm in norms if not math.isfinite(norm)]
+        if bad:  # a step would spread it over every weight
             self.optimizer.zero_grad(set_to_none=True)
-            raise ValueError(f"the gradient norm of update {self.updates} is {float(norm)}; the weights are untouched")
+            raise ValueError(f"the gradient norm of update {self.updates} is {bad[0]}; the weights are untouched")
         lr = self.learning_rate(self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.publish()
+        total = _sum(stats)
+        if self.router_policy == "update" and self.config.router_bias_update_rate > 0:
+            self.policy.balance(total["sum/expert_counts"], self.config.router_bias_update_rate)
         self.updates += 1
-        return loss, float(norm), lr, _sum(stats)
+        return loss, norms[0], lr, total
+
+    def model_metrics(self, total: Stats) -> dict[str, float]:
+        """Of the statistics of a step: balance of the routers, and multi-token prediction where it is trained."""
+        counts = total["sum/expert_counts"][: self.policy.model.config.num_moe_layers]
+        if self.router_start is None and counts.any():
+            self.router_start = counts
+        metrics = {} if self.router_start is None else router_metrics(counts, self.router_start)
+        if "sum/mtp_loss" in total:
+            metrics["mtp_loss"] = float(total["sum/mtp_loss"]) / float(total["sum/rows"])
+            metrics["mtp/agreement"] = float(total["sum/mtp_agree"]) / max(float(total["sum/mtp_targets"]), 1.0)
+        return metrics
 
     def learning_rate(self, update: int) -> float:
         """Of the update with this number, from 0: linear warm-up, then constant, linear or cosine decay."""
@@ -171,7 +197,8 @@ class Learner:
             if parameter is not master:
                 tensors[f"{name}|master"] = master.detach()
         save_file({key: value.contiguous() for key, value in tensors.items()}, state / "optimizer.safetensors")
-        numbers = {"updates": self.updates, "policy_version": self.policy_version}
+        start = None if self.router_start is None else self.router_start.tolist()
+        numbers = {"updates": self.updates, "policy_version": self.policy_version, "router_start": start}
         (state / "learner.json").write_text(json.dumps(numbers))
 
     def load(self, directory: str | Path) -> None:
@@ -197,6 +224,8 @@ class Learner:
                 self.optimizer.state[master] = values
         numbers = json.loads((state / "learner.json").read_text())
         self.updates, self.policy_version = numbers["updates"], numbers["policy_version"]
+        start = numbers.get("router_start")
+        self.router_start = None if start is None else torch.tensor(start, device=self.policy.model.device)
 
 
 def nll_loss(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:
@@ -228,9 +257,9 @@ def _sum(stats: Iterable[Stats]) -> Stats:
     return total
 
 
-def _combine(updates: Sequence[Stats]) -> dict[str, float]:
-    """Metrics under TRL's names, means over the tokens of a step."""
-    stats = {key: float(value) for key, value in _sum(updates).items()}
+def _combine(updates: Sequence[Stats], total: Stats) -> dict[str, float]:
+    """Metrics under TRL's names, means over the tokens of a step, from each update's statistics and their total."""
+    stats = {key: float(value) for key, value in total.items() if value.dim() == 0}
     tokens, rows = max(stats["sum/tokens"], 1.0), max(stats["sum/rows"], 1.0)
     low, high = stats["sum/clip_low"] / tokens, stats["sum/clip_high"] / tokens
     metrics = {

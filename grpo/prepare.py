@@ -55,6 +55,7 @@ def prepare(config: Config) -> Prepared:
     """Reads and checks model, data and rewards against each other. Raises ValueError; takes seconds, not minutes."""
     model_dir = model_directory(config)
     model_config = DeepseekV3Config.from_pretrained(model_dir)
+    _check_model(config, model_config)
     tokenizer = load_tokenizer(model_dir)
     if not config.rewards:
         raise ConfigError("rewards is empty; name at least one, e.g. `rewards: {exact_match: 1.0}`")
@@ -72,6 +73,19 @@ def prepare(config: Config) -> Prepared:
         for prompt in prompts[:1]:
             rewards.check(prompt.fields)
     return Prepared(config, model_dir, tokenizer, train_rows, prompts, held_out)
+
+
+def _check_model(config: Config, model: DeepseekV3Config) -> None:
+    if config.grpo.mtp_loss_weight > 0 and model.num_nextn_predict_layers == 0:
+        raise ConfigError(
+            f"grpo.mtp_loss_weight is {config.grpo.mtp_loss_weight}, but the model has no MTP layers "
+            "(num_nextn_predict_layers is 0); set it to 0"
+        )
+    if config.grpo.router_policy != "frozen" and model.num_moe_layers == 0:
+        raise ConfigError(
+            f"grpo.router_policy is {config.grpo.router_policy}, but the model has no layer with experts "
+            f"(first_k_dense_replace is {model.first_k_dense_replace}); set it to frozen"
+        )
 
 
 def load_tokenizer(model_dir: Path) -> Any:

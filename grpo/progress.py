@@ -68,6 +68,10 @@ class Progress:
             self._printed = now
             print(f"step {step}/{self._total}  {text}  {left}", file=self._console.file, flush=True)
 
+    def warn(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+
 
 def describe(metrics: Mapping[str, Any]) -> str:
     """One line: reward, accuracy, length, and which share of the time each stage took."""

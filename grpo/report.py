@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from .alarms import raised
 from .log import load_metrics, load_samples
 
 MAX_SAMPLE_CHARACTERS = 10_000_000  # of prompts and completions in a report; a browser gets slow beyond
@@ -50,6 +51,10 @@ CHARTS = (
         "Difference of log-probabilities of sampled tokens. A jump means that the two no longer run the same weights.",
         log=True,
     ),
+    Chart("Expert load", ("router/max_violation",), "The busiest expert's tokens over the mean, less 1.", True, True),
+    Chart("Experts", ("router/dead_experts", "router/drift"), "Shares: without tokens; of moved choices.", True, True),
+    Chart("Multi-token prediction", ("mtp/agreement",), "Share of tokens where both heads agree.", noisy=True),
+    Chart("Multi-token prediction loss", ("mtp_loss",), "Nats a token.", noisy=True),
     Chart(
         "Time by stage",
         ("time/rollout", "time/rewards", "time/learner", "time/sync"),
@@ -83,6 +88,7 @@ def write_report(run_dir: str | Path) -> Path:
     parts = {
         "__TITLE__": html.escape(str(config.get("run", {}).get("name") or directory.resolve().name)),
         "__STATE__": html.escape(_state(metrics, made.get("steps", config.get("grpo", {}).get("max_steps")))),
+        "__ALARMS__": "".join(f'<p class="alarm">{html.escape(line)}</p>' for line in _alarms(metrics, config)),
         "__TILES__": "".join(
             f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
             for label, value in [*_chosen(made.get("selection")), *_outcome(metrics)]
@@ -217,6 +223,11 @@ def _state(metrics: Sequence[dict[str, Any]], total: int | None) -> str:
     if total is None:
         return f"{step} steps recorded."
     return f"Finished: {step} steps." if step >= total else f"Not finished: step {step} of {total}."
+
+
+def _alarms(metrics: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
+    thresholds = config.get("run", {}).get("alarms")
+    return raised(metrics, thresholds) if isinstance(thresholds, dict) else []
 
 
 def _parsed(text: str) -> dict[str, Any]:

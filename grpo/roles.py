@@ -28,7 +28,7 @@ class RolloutRole:
             page_size=rollout.page_size,
             num_pages=rollout.num_pages,
             exact=rollout.exact,
-            enable_return_routed_experts=rollout.replay_routing,
+            enable_return_routed_experts=rollout.replay_routing or config.grpo.router_policy == "rollout",
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from grpo.alarms import Alarms
 from grpo.checkpoint import last_checkpoint, save_checkpoint
 from grpo.cluster import Cluster, RunFailure
 from grpo.config import Config
@@ -93,5 +94,6 @@ class GRPOTrainer:
             RunLog(run_dir, resume_step=step) as log,
             Progress(config.grpo.max_steps, start=step or 0) as progress,
         ):
-            run = Run(config, cluster, cursor, prepared.held_out, prepared.tokenizer, log, progress, save)
+            alarms = Alarms(config.run.alarms)
+            run = Run(config, cluster, cursor, prepared.held_out, prepared.tokenizer, log, progress, alarms, save)
             run_loop(run, first_step=0 if step is None else step + 1)

@@ -197,7 +197,7 @@ def test_packed_rows_of_the_file_do_not_see_each_other(tmp: Path, whole: Distill
     assert len({tuple(prompt) for prompt, _ in examples}) < 24, "two rows of one prompt"
     weight = 1.0 / sum(len(completion) for _, completion in examples)
     samples = [[TrainingSample(tuple(p), tuple(c), weight)] for p, c in examples]
-    together, alone = pack(samples, 10_000, keep_last=True), pack(samples, 1, keep_last=True)
+    together, alone = pack(samples, 10_000), pack(samples, 1)
     assert (len(together), len(alone)) == (1, 24)
     losses, grads = [], []
     for batches in (together, alone):

@@ -201,10 +201,10 @@ def test_the_run_goes_through_ray(
     seen: list[dict[str, int]] = []
     learn = Cluster.learn
 
-    def look(self: Cluster, batches: Any) -> Any:
+    def look(self: Cluster, *batches: Any) -> Any:
         if not seen:
             seen.append(dict(Counter(actor.class_name for actor in list_actors() if actor.state == "ALIVE")))
-        return learn(self, batches)
+        return learn(self, *batches)
 
     monkeypatch.setattr(Cluster, "learn", look)
     content = settings(twenty_steps.parent, placement, "ray", max_steps=20)
