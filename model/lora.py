@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.checkpoint import read_weights
+from model.checkpoint import Checkpoint
 from model.config import DeepseekV3Config
 from model.modeling import DeepseekV3ForCausalLM
 from model.names import from_hf, load_hf_state
@@ -103,7 +103,7 @@ class LoraAdapter:
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-        self.merged.load_unadapted(read_weights(directory))
+        self.merged.load_unadapted(Checkpoint(directory).read())
 
 
 class MergedModel(Mapping[str, Tensor]):
