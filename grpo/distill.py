@@ -78,6 +78,7 @@ def distill(
     steps = -(-len(prompts) // config.distill.prompts_per_step)
     record = origin | {"steps": steps, "config": config.model_dump(mode="json"), "versions": _versions()}
     (run_dir / "config.yaml").write_text(config.dump())  # a resumed run may choose otherwise
+    (run_dir / DATA).unlink(missing_ok=True)  # there is one only where it is whole and as config.yaml says
     _write_json(run_dir / PROVENANCE, record)
     if done < steps:
         with Cluster(config, policy, policy, learner=False) as cluster:

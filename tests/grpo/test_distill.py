@@ -166,6 +166,9 @@ def test_nothing_accepted_ends_with_a_remedy(tmp: Path) -> None:
         distill(settings(tmp, "hopeless", rewards=unreachable))
     assert not (tmp / "hopeless" / "data.jsonl").exists()
     assert len(distill(None, ["--distill.threshold=0"], str(tmp / "hopeless")).selection.kept) > 49
+    with pytest.raises(RunFailure, match="choose again"):
+        distill(None, ["--distill.threshold=1"], str(tmp / "hopeless"))
+    assert not (tmp / "hopeless" / "data.jsonl").exists(), "the rows of another choice"
 
 
 def test_the_report_says_what_was_kept(whole: DistillResult) -> None:
