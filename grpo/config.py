@@ -84,7 +84,7 @@ class DataConfig(Section):
     path: str = ""
     """JSONL or Parquet file, or a directory saved by HF datasets."""
     task: str = ""
-    """Instead of `path`: name of a reasoning-gym task, generated on the spot."""
+    """Instead of `path`: name of a reasoning-gym task, generated on the spot, or `needle` (grpo/needle.py)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the task generator."""
     size: int = Field(default=4000, ge=1)
@@ -204,6 +204,19 @@ class StageConfig(Section):
     """Steps between the checks of stop_accuracy."""
 
 
+class ExtendConfig(Section):
+    """Context extension by YaRN (`grpo pretrain`), with needle-retrieval checks before and after."""
+
+    factor: float = Field(default=4.0, gt=1)
+    """Of the context: YaRN's s, the same in every phase."""
+    original_length: int = Field(default=0, ge=0)
+    """Tokens of the context that the model was trained with. 0: max_position_embeddings, or what its YaRN names."""
+    phases: list[StageConfig] = Field(min_length=1)
+    """Training stages, one after the other, as a rule at growing block_size."""
+    check_size: int = Field(default=200, ge=1)
+    """Needle prompts of a check, at either length."""
+
+
 class GRPOConfig(Section):
     """The algorithm and its optimiser. Names are TRL's where TRL has one. A step is one rollout-and-update cycle."""
 
@@ -306,6 +319,9 @@ class Config(Section):
     """`grpo sft`, and before `grpo train` the warm start (kept under runs/.cache). null: no warm start."""
     pretrain: StageConfig | None = None
     """`grpo pretrain`."""
+    extend: ExtendConfig | None = None
+    """`grpo pretrain` extends the context: of model.path, or of model.init after the `pretrain` section (kept under
+    runs/.cache). null: it runs the `pretrain` section alone."""
 
     @field_validator("rewards")
     @classmethod
@@ -401,7 +417,8 @@ def _one_line(err: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         model: Any = Config
         for part in first["loc"][:-1]:
-            model = _section_of(model.model_fields[str(part)].annotation)
+            if not isinstance(part, int):  # a place in a list of sections
+                model = _section_of(model.model_fields[part].annotation)
         unknown = str(first["loc"][-1])
         near = difflib.get_close_matches(unknown, list(model.model_fields), n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?"
