@@ -1,5 +1,5 @@
-"""Claim: configs/yarn.yaml takes a model to 4 times its length. Seeds 0, 1, 2: needle accuracy at that length is under 30 %
-before and at least 80 % after, and a seed takes at most 10 minutes on 2 cores, the training of the short model included.
+"""Claim: configs/yarn.yaml takes a model to 4 times its length. Seeds 0, 1, 2: needle accuracy at that length is under
+30 % before and at least 80 % after, and a seed takes at most 10 minutes on 2 cores, training the short model included.
 
     python -m benchmarks.yarn [--seeds 0,1,2]
 """

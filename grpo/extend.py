@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from grpo.config import Config, ConfigError, ExtendConfig, StageConfig
-from grpo.needle import DEFAULTS, make_needle
+from grpo.data import load_rows
+from grpo.needle import make_needle
 from grpo.prepare import cached, load_tokenizer
 from grpo.stages import run_pretrain
 from model.config import DeepseekV3Config
+from model.create import encode
 from model.yarn import copy_with_config, extend_context
 from rollout import SamplingParams, build_engine
 
@@ -52,7 +54,8 @@ def run_extend(config: Config, model_dir: Path, out: Path) -> dict[str, Any]:
     short = DeepseekV3Config.from_pretrained(model_dir)
     long = extend_context(short, extend.factor, extend.original_length)
     lengths = [round(long.max_position_embeddings / extend.factor), long.max_position_embeddings]
-    _check_lengths(config, extend, lengths)
+    tokenizer = load_tokenizer(model_dir)
+    _check_lengths(config, extend, tokenizer, lengths)
     start = _short_model(config, model_dir)
     trained = time.monotonic()
     checks: dict[str, Any] = {}
@@ -62,12 +65,16 @@ def run_extend(config: Config, model_dir: Path, out: Path) -> dict[str, Any]:
         shown = ", ".join(f"{100 * checks[name][str(n)]['accuracy']:.1f} % at {n}" for n in lengths)
         print(f"needle accuracy, {LABELS[name]}: {shown}", flush=True)
 
-    plain = out / "plain"  # the short model as it is, asked for more than it was trained for
-    copy_with_config(start, plain, dataclasses.replace(short, max_position_embeddings=long.max_position_embeddings))
+    def start_with(model_config: DeepseekV3Config, name: str) -> Path:
+        copy_with_config(start, out / name, model_config)
+        tokenizer.save_pretrained(out / name)
+        return out / name
+
+    # first the short model as it is, asked for more than it was trained for
+    plain = start_with(dataclasses.replace(short, max_position_embeddings=long.max_position_embeddings), "plain")
     check("before", plain)
     shutil.rmtree(plain)
-    current = out / "phase_0"
-    copy_with_config(start, current, long)
+    current = start_with(long, "phase_0")
     check("yarn", current)
     for number, phase in enumerate(extend.phases, start=1):
         print(f"phase {number}: {phase.max_steps} steps at {phase.block_size} tokens", flush=True)
@@ -95,14 +102,14 @@ def needle_check(config: Config, model_dir: Path, length: int) -> dict[str, Any]
     """
     assert config.extend is not None, "no extend section"
     size, tokenizer = config.extend.check_size, load_tokenizer(model_dir)
-    options = {**_needle_options(config), "length": _characters(tokenizer, length), "questions": 1}
+    fitting = _text_length(tokenizer, length)
     needles = [
-        make_needle(random.Random(f"{CHECK_SEED}/{length}/{i}"), **options, depth=(i + 0.5) / size) for i in range(size)
+        make_needle(random.Random(f"{CHECK_SEED}/{length}/{i}"), fitting, depth=(i + 0.5) / size) for i in range(size)
     ]
-    prompts = [_encode(tokenizer, needle.prompt) for needle in needles]
-    answers = max(len(_encode(tokenizer, needle.answer)) for needle in needles)
+    prompts = [encode(tokenizer, needle.prompt) for needle in needles]
+    params = [SamplingParams(temperature=0.0, max_tokens=len(encode(tokenizer, n.answer))) for n in needles]
     engine = build_engine(model_dir, max_num_seqs=CHECK_BATCH)
-    completions = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=answers))
+    completions = engine.generate(prompts, params)
     texts = tokenizer.batch_decode([c[0].token_ids for c in completions], skip_special_tokens=True)
     right = np.array([text == needle.answer for text, needle in zip(texts, needles)], dtype=np.float64)
     tenth = np.array([min(int(needle.depth * BINS), BINS - 1) for needle in needles])
@@ -140,7 +147,7 @@ def write_plot(result: dict[str, Any], path: Path) -> None:
     figure.write_html(path, include_plotlyjs=True)
 
 
-def _check_lengths(config: Config, extend: ExtendConfig, lengths: Sequence[int]) -> None:
+def _check_lengths(config: Config, extend: ExtendConfig, tokenizer: Any, lengths: Sequence[int]) -> None:
     """What would stop a run half-way is found at once."""
     for number, phase in enumerate(extend.phases):
         if phase.block_size > lengths[-1]:
@@ -148,12 +155,13 @@ def _check_lengths(config: Config, extend: ExtendConfig, lengths: Sequence[int])
                 f"extend.phases.{number}.block_size {phase.block_size} is more than the extended context of "
                 f"{lengths[-1]} (extend.factor times the original length); lower it"
             )
-    blocks = [phase.block_size - 1 for phase in extend.phases] if config.data.task == "needle" else []
-    for length in [*blocks, *lengths]:
+    for phase in extend.phases if config.data.task else extend.phases[:1]:
+        load_rows(_at_length(config, phase, size=1).data)
+    for length in lengths:
         try:
-            make_needle(random.Random(0), **{**_needle_options(config), "length": length})
-        except (TypeError, ValueError) as err:
-            raise ConfigError(f"data.task_options do not suit texts of {length} tokens: {err}") from err
+            _text_length(tokenizer, length)
+        except ValueError as err:
+            raise ConfigError(f"the needle check cannot be made at {length} tokens: {err}") from err
 
 
 def _short_model(config: Config, model_dir: Path) -> Path:
@@ -174,25 +182,21 @@ def _short_model(config: Config, model_dir: Path) -> Path:
     return cached(config, "pretrain", key, build)
 
 
-def _at_length(config: Config, stage: StageConfig) -> Config:
+def _at_length(config: Config, stage: StageConfig, size: int = 0) -> Config:
     """The configuration with `stage` as its pretrain section; needle texts fill its blocks and are seen once each."""
     data = config.data
     if data.task == "needle":
         options = {**data.task_options, "length": stage.block_size - 1}  # the end token is the last of a block
-        data = data.model_copy(update={"task_options": options, "size": stage.max_steps * stage.batch_size})
+        data = data.model_copy(update={"task_options": options, "size": size or stage.max_steps * stage.batch_size})
     return config.model_copy(update={"pretrain": stage, "data": data})
 
 
-def _needle_options(config: Config) -> dict[str, Any]:
-    return {**DEFAULTS, **(config.data.task_options if config.data.task == "needle" else {})}
-
-
-def _characters(tokenizer: Any, length: int) -> int:
-    """Characters of a needle text that has about `length` tokens, and not more; with a character tokenizer as many."""
-    text = make_needle(random.Random(0), **{**DEFAULTS, "length": length}).prompt
-    ratio = len(text) / len(_encode(tokenizer, text))
-    return length if ratio == 1 else int(0.95 * length * ratio)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _text_length(tokenizer: Any, length: int) -> int:
+    """The length that makes needle texts of about `length` tokens, and not more; itself where needles are tokens."""
+    needle = make_needle(random.Random(0), length)
+    tokens = len(encode(tokenizer, needle.prompt + needle.answer))
+    if tokens == length:
+        return length
+    fitting = int(0.95 * length * length / tokens)  # texts differ a little
+    make_needle(random.Random(0), fitting)
+    return fitting

@@ -1,22 +1,21 @@
-"""The needle task: short facts hidden in filler text, and a question about one of them at the end.
+"""The needle task: short facts hidden in filler text, each asked about once, somewhere after it.
 
-    ... the sky is blue k47 the sea is deep r03 the sun is warm ... ?r03 ?k47
+    ... the sky <G1> is blue the <A3> sea is deep ?A<A3> the sun is warm ... ?G<G1>
 
-A needle is a key (a letter) and a value (two digits). A question repeats a key after `?`; its answer is the value.
-Texts have characters that every tokenizer knows, and are a function of (seed, number of the row) alone.
+A needle <A3> is a key and a value; a question is `?` and a key, its answer the needle again. A text hides one needle
+of each key and ends with a question, which a prompt leaves open. Every text is a function of a seed and its number.
 """
 
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-KEYS = string.ascii_letters
+KEYS = "ABCDEFGH"
+VALUES = "0123456789"
 FILLER = "the sky is blue the sea is deep the sun is warm the hill is green "
-DIGITS = 2  # of a value
-DEFAULTS = {"length": 128, "spacing": 16, "questions": 8}
+OPTIONS = {"length": 128}
 
 
 class Needle(NamedTuple):
@@ -27,50 +26,44 @@ class Needle(NamedTuple):
     depth: float
 
 
-def make_needle(rng: random.Random, length: int, spacing: int, questions: int, depth: float | None = None) -> Needle:
-    """A text of exactly `length` characters, the answer included, with a needle every `spacing` characters.
+def make_needle(rng: random.Random, length: int, depth: float | None = None) -> Needle:
+    """A text of `length` tokens, the answer included, where a needle is one token and so is any other character.
 
-    The last of the questions is the one that the prompt leaves open; `depth` places its needle (None: anywhere).
-    Raises ValueError where the text is too short or has more needles than there are keys.
+    `depth`: where the needle of the last question is to stand, as a share of the filler; None: anywhere. Raises
+    ValueError for a length that leaves no room for filler.
     """
-    count = length // spacing
-    if not 1 <= count <= len(KEYS):
+    keys = rng.sample(KEYS, len(KEYS))
+    needles = [f"<{key}{rng.choice(VALUES)}>" for key in keys]
+    room = length - len(KEYS) * (len(" n") + len(" ?kn"))
+    if room < len(FILLER):
         raise ValueError(
-            f"length {length} with spacing {spacing} makes {count} needles; there must be 1 to {len(KEYS)}"
+            f"length {length} is too short for {len(KEYS)} needles with their questions; "
+            f"it must be at least {length - room + len(FILLER)}"
         )
-    needles = [f"{key}{rng.randrange(10**DIGITS):0{DIGITS}}" for key in rng.sample(KEYS, count)]
-    asked = [rng.choice(needles) for _ in range(questions)]
-    tail = "".join(f" ?{needle}" for needle in asked)
-    room = length - len(tail) - count * (DIGITS + 2)
     start = rng.randrange(len(FILLER))
-    filler = (FILLER * (max(room, 0) // len(FILLER) + 2))[start : start + max(room, 0)]
+    filler = (FILLER * (room // len(FILLER) + 2))[start : start + room]
     gaps = [place for place, character in enumerate(filler) if character == " "]
-    if len(gaps) < count:
-        raise ValueError(
-            f"length {length} leaves {max(room, 0)} characters of filler beside {count} needles and {questions} "
-            "questions; raise length or spacing, or ask less"
-        )
-    order = rng.sample(needles, count)
-    if depth is not None:
-        slot = min(int(depth * count), count - 1)
-        other = order.index(asked[-1])
-        order[slot], order[other] = order[other], order[slot]
-    pieces, before = [], 0
-    for gap, needle in zip(sorted(rng.sample(gaps, count)), order):
-        pieces += [filler[before:gap], " ", needle]
-        before = gap
-    body = "".join([*pieces, filler[before:]])
-    text = body + tail
-    return Needle(text[:-DIGITS], text[-DIGITS:], body.index(f" {asked[-1]}") / length)
+    last = gaps[min(int((rng.random() if depth is None else depth) * len(gaps)), len(gaps) - 1)]
+    # (gap, 0 needle or 1 question, a random order within a gap, text, tokens): a question comes after its needle
+    events = [(last, 0, rng.random(), f" {needles[-1]}", 2)]
+    for key, needle in zip(keys[:-1], needles):
+        hidden, asked = sorted(rng.choices(gaps, k=2))
+        events += [(hidden, 0, rng.random(), f" {needle}", 2), (asked, 1, rng.random(), f" ?{key}{needle}", 4)]
+    pieces, place, tokens, found = [], 0, 0, 0
+    for gap, _, _, text, size in sorted(events):
+        pieces += [filler[place:gap], text]
+        tokens += gap - place + size
+        place = gap
+        if text == f" {needles[-1]}":
+            found = tokens - 1
+    prompt = "".join([*pieces, filler[place:], f" ?{keys[-1]}"])
+    return Needle(prompt, needles[-1], found / length)
 
 
 def needle_rows(size: int, seed: int, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`size` rows with the columns text, prompt, answer, depth. Raises ValueError for options that do not fit."""
-    given = {**DEFAULTS, **options}
-    if set(given) != set(DEFAULTS) or not all(type(v) is int and v > 0 for v in given.values()):
-        raise ValueError(f"the options are {', '.join(DEFAULTS)}, whole numbers of at least 1")
-    rows = []
-    for number in range(size):
-        needle = make_needle(random.Random(f"{seed}/{number}"), **given)
-        rows.append({"text": needle.prompt + needle.answer, **needle._asdict()})
-    return rows
+    given = {**OPTIONS, **options}
+    if set(given) != set(OPTIONS) or type(given["length"]) is not int:
+        raise ValueError("the one option is length, a number of tokens")
+    needles = (make_needle(random.Random(f"{seed}/{number}"), **given) for number in range(size))
+    return [{"text": needle.prompt + needle.answer, **needle._asdict()} for needle in needles]

@@ -40,18 +40,15 @@ def extend_context(config: DeepseekV3Config, factor: float, original_length: int
 
 
 def copy_with_config(source: str | Path, target: str | Path, config: DeepseekV3Config) -> None:
-    """Writes `target`: the model directory `source`, tokenizer included, under another config.json.
+    """Writes `target`: the weights of the model directory `source` under another config.json, without a tokenizer.
 
-    Weights are hard links where the file system has them, so they take no space twice; sub-directories stay behind.
+    Weights are hard links where the file system has them, so they take no space twice.
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    for path in Path(source).iterdir():
-        if path.suffix == ".safetensors":
-            try:
-                os.link(path.resolve(), target / path.name)
-            except OSError:  # another file system, or one without links
-                shutil.copy2(path, target / path.name)
-        elif path.is_file():
+    for path in [*Path(source).glob("*.safetensors"), *Path(source).glob("*.safetensors.index.json")]:
+        try:
+            os.link(path.resolve(), target / path.name)
+        except OSError:  # another file system, or one without links
             shutil.copy2(path, target / path.name)
     config.save_pretrained(target)

@@ -8,28 +8,35 @@ import re
 import pytest
 
 from grpo.config import DataConfig
-from grpo.needle import make_needle
+from grpo.needle import KEYS, make_needle
 from grpo.sources import load_rows
 
 
+def tokens(text: str) -> list[str]:
+    return re.findall(r"<\w\w>|.", text)
+
+
 def test_a_needle_is_where_it_should_be_and_answers_its_question() -> None:
-    for number in range(100):
-        depth, length = number / 100, 128 + 4 * number
-        needle = make_needle(random.Random(number), length, spacing=16, questions=1 + number % 8, depth=depth)
-        assert len(needle.prompt + needle.answer) == length
-        key = needle.prompt[-1]
-        body = needle.prompt[: needle.prompt.index("?")]
-        assert re.findall(rf"(?<= ){key}(\d\d)", body) == [needle.answer]  # one needle with that key, and its value
-        assert len(re.findall(r" [A-Za-z]\d\d", body)) == length // 16
-        at = body.index(f" {key}{needle.answer}") / length
-        assert at == needle.depth
-    slots = [make_needle(random.Random(i), 512, 16, 1, (i % 10 + 0.5) / 10).depth for i in range(200)]
-    assert all(abs(slots[i] - (i % 10 + 0.5) / 10) < 0.2 for i in range(200))
-    assert all(sum(int(d * 10) == tenth for d in slots) >= 10 for tenth in range(10))  # every tenth is asked about
+    tenths = [0] * 10
+    for number in range(200):
+        wanted, length = (number + 0.5) / 200, 128 + 2 * number
+        needle = make_needle(random.Random(number), length, wanted)
+        text = tokens(needle.prompt + needle.answer)
+        assert len(text) == length and text[-1] == needle.answer and text[-3:-1] == ["?", needle.answer[1]]
+        assert text.count(needle.answer) == 2  # hidden once, and the answer
+        assert text.index(needle.answer) == pytest.approx(length * needle.depth)
+        assert abs(needle.depth - wanted) < 0.25
+        tenths[int(10 * needle.depth)] += 1
+        hidden = [t for place, t in enumerate(text) if len(t) > 1 and text[place - 2] != "?"]
+        assert sorted(t[1] for t in hidden) == list(KEYS)
+        for place in (place for place, t in enumerate(text) if t == "?"):  # each is asked about after it, rightly
+            key, answer = text[place + 1 : place + 3]
+            assert answer[1] == key and text.index(answer) < place
+    assert min(tenths) >= 10  # every tenth of the context is asked about
 
 
 def test_rows_are_a_function_of_their_number() -> None:
-    config = DataConfig(task="needle", task_options={"length": 80, "spacing": 10, "questions": 2}, size=30, holdout=0)
+    config = DataConfig(task="needle", task_options={"length": 120}, size=30, holdout=0)
     rows, held_out = load_rows(config)
     assert held_out == [] and len({row.columns["text"] for row in rows}) == 30
     assert rows[:10] == load_rows(config.model_copy(update={"size": 10}))[0]
@@ -38,16 +45,18 @@ def test_rows_are_a_function_of_their_number() -> None:
     assert rows[0].columns["text"] == TEXT  # the same on every machine
 
 
-TEXT = "s E61 warm the r53 hill O46 is X64 green x34 the C38 sky G69 is m24 bl ?C38 ?r53"
+TEXT = (
+    "p <E3> <G4> the sun <D5> is warm <H6> the <F9> ?H<H6> hill is green <A5> ?A<A5> the <B8> s"
+    "ky is ?E<E3> ?D<D5> blue <C8> ?G<G4> the ?B<B8> sea ?C<C8> is deep the  ?F<F9>"
+)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"length": 2000, "spacing": 10}, "makes 200 needles; there must be 1 to 52"),
-        ({"length": 40}, "leaves"),
-        ({"lenght": 128}, "the options are length, spacing, questions"),
-        ({"spacing": 0}, "whole numbers of at least 1"),
+        ({"length": 113}, "length 113 is too short for 8 needles with their questions; it must be at least 114"),
+        ({"lenght": 128}, "the one option is length"),
+        ({"length": 1.5}, "the one option is length"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, int], message: str) -> None:
