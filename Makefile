@@ -17,7 +17,7 @@ PYTEST_TIMEOUT ?= 300
 SEEDED := $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED))
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
-EVERYTHING := -e '.[ray,rewards,tasks,dev]'  # a variable, as $(call) splits at commas
+EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
 BENCHMARKS := grpo_step decode packing
 
 help:  ## list the targets

@@ -37,12 +37,12 @@ def permuted_score(self: Cluster, inputs: Sequence[RewardInput], original: Any =
     return result
 
 
-def train(seed: int, directory: Path, control: bool) -> dict[str, Any]:
+def train(seed: int, directory: Path, control: bool, config: str = "configs/smoke.yaml") -> dict[str, Any]:
     name = f"{'control' if control else 'seed'}-{seed}"
     overrides = [f"--run.seed={seed}", f"--run.output_dir={directory / name}"]
     began = time.perf_counter()
     with mock.patch.object(Cluster, "score", permuted_score if control else Cluster.score):
-        result = GRPOTrainer("configs/smoke.yaml", overrides).train()
+        result = GRPOTrainer(config, overrides).train()
     rows = [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
     before, after = result.accuracy_before or 0.0, result.accuracy_after or 0.0
     row = {

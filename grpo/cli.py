@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__)
-model_app = typer.Typer(no_args_is_help=True, help="Make models.")
+model_app = typer.Typer(no_args_is_help=True, help="Make models, look at them, convert them.")
 rewards_app = typer.Typer(no_args_is_help=True, help="Rewards.")
 app.add_typer(model_app, name="model")
 app.add_typer(rewards_app, name="rewards")
@@ -31,16 +32,39 @@ def train(
 
     Example: grpo train configs/smoke.yaml --grpo.max_steps=100 --run.cluster=inline
     """
-    if config is not None and config.startswith("--"):  # only overrides were given
-        ctx.args.insert(0, config)
-        config = None
     from grpo.trainer import GRPOTrainer
 
-    result = GRPOTrainer(config, ctx.args, resume).train()
+    result = GRPOTrainer(_given(ctx, config), ctx.args, resume).train()
     if result.accuracy_before is not None and result.accuracy_after is not None:
         before, after = 100 * result.accuracy_before, 100 * result.accuracy_after
         print(f"held-out greedy accuracy: {before:.1f} % before, {after:.1f} % after ({after - before:+.1f} points)")
     print(f"{result.seconds:.0f} s; report: {result.report}")
+
+
+def _given(ctx: typer.Context, config: str | None) -> str | None:
+    """The CONFIG argument; None where an override took its place."""
+    if config is not None and config.startswith("--"):
+        ctx.args.insert(0, config)
+        return None
+    return config
+
+
+@app.command(context_settings=OVERRIDES)
+def distill(
+    ctx: typer.Context,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")] = None,
+    resume: Annotated[str, typer.Option(metavar="RUN_DIR", help="Go on sampling, or choose again.")] = "",
+) -> None:
+    """Rejection sampling: answers of a policy that the rewards accept become an SFT data set.
+
+    Example: grpo distill configs/distill.yaml --distill.num_generations=16
+    """
+    from grpo.distill import describe
+    from grpo.distill import distill as run
+
+    result = run(_given(ctx, config), ctx.args, resume)
+    print(f"{describe(result.selection)}\n{result.data}; report: {result.report}")
+    print(f"train on it: grpo sft {result.sft}")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -141,6 +165,58 @@ def model_init(
         raise ConfigError(f"--out {str(out)!r} is not empty; choose another directory")
     model = create_model(spec, out, seed)
     print(f"{out}: {model.num_parameters:,} parameters")
+
+
+class WeightForm(StrEnum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+@model_app.command("convert")
+def model_convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Model directory, BF16, FP32 or FP8.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must be empty or absent.")],
+    to: Annotated[WeightForm, typer.Option(help="Form of the weights in it.")],
+    ue8m0: Annotated[bool, typer.Option("--ue8m0", help="FP8 scales that are powers of two.")] = False,
+) -> None:
+    """Convert a model directory between BF16 and DeepSeek's released FP8 form, in memory for one shard.
+
+    Example: grpo model convert DeepSeek-V3 --out DeepSeek-V3-BF16 --to bf16
+    """
+    from grpo.config import ConfigError
+    from model.convert import convert_checkpoint
+    from model.info import readable
+
+    if ue8m0 and to is WeightForm.bf16:
+        raise ConfigError("--ue8m0 is about FP8 scales and --to is bf16; drop it, or use --to fp8")
+    scale_fmt = None if to is WeightForm.bf16 else "ue8m0" if ue8m0 else "float"
+
+    def written(file: str, done: int, total: int) -> None:
+        print(f"{out / file}: {readable(done, 'B')} of {readable(total, 'B')}", flush=True)
+
+    convert_checkpoint(source, out, scale_fmt, written=written)
+
+
+@model_app.command("info")
+def model_info(
+    path: Annotated[Path, typer.Argument(metavar="DIR_OR_CONFIG_JSON", help="Needs config.json, no weights.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers for a program: parameters and bytes.")] = False,
+) -> None:
+    """Parameters, KV cache and memory of a model, from its config.json alone.
+
+    Example: grpo model info DeepSeek-V3/config.json
+    """
+    from model import DeepseekV3Config
+    from model.info import info_table, model_info
+
+    read = DeepseekV3Config.from_json if path.is_file() else DeepseekV3Config.from_pretrained
+    info = model_info(read(path))
+    if as_json:
+        print(json.dumps(info, indent=2))
+    else:
+        from rich import print as rich_print
+
+        rich_print(info_table(info))
 
 
 @rewards_app.command("list")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 import yaml
 
 from grpo.config import Config
@@ -74,8 +75,10 @@ class Cluster:
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         return self.backend.call("rewards", "score", inputs).result()
 
-    def learn(self, minibatches: Sequence[Sequence[PackedBatch]]) -> StepStats:
-        return self.backend.call("learner", "step", minibatches).result()
+    def learn(
+        self, minibatches: Sequence[Sequence[PackedBatch]], rollout_counts: torch.Tensor | None = None
+    ) -> StepStats:
+        return self.backend.call("learner", "step", minibatches, rollout_counts).result()
 
     def sync_weights(self, version: int) -> None:
         """The learner's weights to every engine; they travel from process to process, not through this one."""

@@ -6,7 +6,6 @@ Nothing here imports torch, so a bad key is found in a blink.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -17,9 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-
-class ConfigError(ValueError):
-    """Bad configuration; the message is one line for the user."""
+from .overrides import ConfigError, YamlLoader, one_line, override
 
 
 class Section(BaseModel):
@@ -51,8 +48,29 @@ class RunConfig(Section):
     """Reward that evaluations count: an answer is right where it gives 1. Empty: the first one listed."""
     log_samples: int = Field(default=16, ge=0)
     """Samples a step written to samples.jsonl, whole groups first. 0: none."""
+    alarms: dict[str, float] = Field(
+        default_factory=lambda: {"router/max_violation": 4.0, "router/dead_experts": 0.25, "router/drift": 0.5}
+    )
+    """Metric -> threshold. The first step with a value above it gets a line of warning, in the report too. {}: none."""
     max_restarts: int = Field(default=2, ge=0)
     """On Ray: how often dead rollout or reward actors are replaced before the run stops. A dead learner stops it."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters by peft, whose LoraConfig gives the names. Router, norms, embeddings and head take none."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank of an adapter; each routed expert has its own."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Adapters are scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, le=0)
+    """Only 0: with dropout the learner's probabilities would be other ones than the rollout's."""
+    target_modules: list[str] = Field(default_factory=list)
+    """Linear layers of the attention, by the end of their names, e.g. `o_proj`. The adapter's product is added to the
+    layer's: cheaper than target_parameters, but in bfloat16 the learner then differs a little from the engines."""
+    target_parameters: list[str] = Field(default_factory=list)
+    """Matrices, by the end of their names, e.g. `self_attn.o_proj.weight`, `shared_experts.up_proj.weight`,
+    `experts.gate_up_proj`. With target_modules empty too: all of attention, dense MLPs, shared and routed experts."""
 
 
 class ModelConfig(Section):
@@ -70,6 +88,10 @@ class ModelConfig(Section):
     """FP8 MoE updates."""
     gradient_checkpointing: bool = False
     """Recompute activations of each layer in the backward pass: less memory, about a third more time."""
+
+    lora: LoraConfig | None = None
+    """GRPO trains an adapter instead of the weights; the base is the KL reference. Supervised stages and the warm start
+    train all weights. null: GRPO trains all weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -197,11 +219,38 @@ class StageConfig(Section):
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the sequence-wise balance loss (DeepSeek-V3 eq. 17). 0: none."""
     router_bias_update_rate: float = Field(default=0.001, ge=0)
-    """Auxiliary-loss-free balancing: change of a router bias in a step. 0: frozen."""
+    """Auxiliary-loss-free balancing by the tokens of an update: change of a router bias in it. 0: frozen."""
     stop_accuracy: float = Field(default=0.0, ge=0, le=1)
     """SFT stops once the sampled accuracy on training prompts that SFT does not see passes this. 0: runs max_steps."""
     eval_every: int = Field(default=25, ge=1)
     """Steps between the checks of stop_accuracy."""
+
+
+class DistillConfig(Section):
+    """`grpo distill`: rejection sampling of SFT data from a policy. A step samples a share of the prompts."""
+
+    num_generations: int = Field(default=8, ge=1)
+    """Samples for each prompt (G)."""
+    threshold: float = Field(default=1.0, allow_inf_nan=False)
+    """Answers whose total reward reaches this (to 1e-9) are accepted, if they ended by themselves and are not empty."""
+    max_per_prompt: int = Field(default=1, ge=1)
+    """Different accepted answers that are kept of a prompt at most, the shortest first (k)."""
+    cap_mean_length: bool = True
+    """Drop the longest of those until kept answers are on average no longer than accepted ones, in which prompts that
+    are right more often (easy ones, with short answers) count more often. False: only within each prompt."""
+    max_prompts: int = Field(default=0, ge=0)
+    """Training prompts sampled, in the order of data.shuffle. 0: all."""
+    prompts_per_step: int = Field(default=256, ge=1)
+    """Prompts sampled, scored and written at a time: what a killed run loses at most."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> DistillConfig:
+        if self.max_per_prompt > self.num_generations:
+            raise ValueError(
+                f"distill.max_per_prompt {self.max_per_prompt} is more than distill.num_generations "
+                f"{self.num_generations}; lower it or sample more"
+            )
+        return self
 
 
 class ExtendConfig(Section):
@@ -284,10 +333,18 @@ class GRPOConfig(Section):
     """Extra rollouts of a step under dynamic sampling; after that the step takes what it has."""
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when a larger share of a step's samples could not be scored because of errors."""
-    router_bias_update_rate: float = Field(default=0.0, ge=0)
-    """Change of a router bias in a step. 0: the bias is frozen, as every recipe for this family does in RL."""
+    router_policy: Literal["frozen", "update", "rollout"] = "frozen"
+    """What moves the bias that balances the experts. frozen: nothing, as in every recipe for this family. update: at
+    each optimiser update, the tokens it trained on. rollout: once a step, the tokens that the rollout workers' experts
+    got, i.e. prompts and completions of all samples drawn, also of those that dynamic sampling drops."""
+    router_bias_update_rate: float = Field(default=0.001, gt=0)
+    """gamma: how far an expert's bias moves at a time, up below the mean load, down above it. Not used when frozen."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
-    """Weight of the sequence-wise balance loss. 0: none."""
+    """Weight of the sequence-wise balance loss (DeepSeek-V3 eq. 17). 0: none."""
+    mtp_loss_weight: float = Field(default=0.0, ge=0)
+    """Weight of the multi-token-prediction loss on the sampled tokens. 0: MTP layers stay as they are, at no cost."""
+    mtp_detach: bool = True
+    """The MTP loss trains the MTP layers only. false: it reaches the trunk, embedding and head, as in pretraining."""
 
     @model_validator(mode="after")
     def _divisible(self) -> GRPOConfig:
@@ -295,6 +352,12 @@ class GRPOConfig(Section):
             raise ValueError(
                 f"grpo.prompts_per_step {self.prompts_per_step} is not divisible by grpo.minibatches_per_step "
                 f"{self.minibatches_per_step}; choose a multiple"
+            )
+        default = type(self).model_fields["router_bias_update_rate"].default
+        if self.router_policy == "frozen" and self.router_bias_update_rate != default:
+            raise ValueError(
+                f"grpo.router_bias_update_rate is {self.router_bias_update_rate}, but grpo.router_policy is frozen; "
+                "set it to update or rollout, or leave the rate out"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("grpo.epsilon_high is null; it is the cap of CISPO's ratio: set it, e.g. to 5")
@@ -316,9 +379,11 @@ class Config(Section):
     """Reward name -> its weight, or a mapping with `weight` and the reward's own options."""
     grpo: GRPOConfig = GRPOConfig()
     sft: StageConfig | None = None
-    """`grpo sft`, and before `grpo train` the warm start (kept under runs/.cache). null: no warm start."""
+    """`grpo sft`; before `grpo train` and `grpo distill` the warm start (kept under runs/.cache). null: none."""
     pretrain: StageConfig | None = None
     """`grpo pretrain`."""
+    distill: DistillConfig | None = None
+    """`grpo distill`."""
     extend: ExtendConfig | None = None
     """`grpo pretrain` extends the context: of model.path, or of model.init after the `pretrain` section (kept under
     runs/.cache). null: it runs the `pretrain` section alone."""
@@ -335,10 +400,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.grpo.num_generations > self.rollout.max_num_seqs:
+        for name, section in (("grpo", self.grpo), ("distill", self.distill)):
+            if section is not None and section.num_generations > self.rollout.max_num_seqs:
+                raise ValueError(
+                    f"{name}.num_generations {section.num_generations} is more than rollout.max_num_seqs "
+                    f"{self.rollout.max_num_seqs}; an engine samples a group at once: raise max_num_seqs"
+                )
+        if self.model.lora is not None and self.grpo.mtp_loss_weight > 0:
             raise ValueError(
-                f"grpo.num_generations {self.grpo.num_generations} is more than rollout.max_num_seqs "
-                f"{self.rollout.max_num_seqs}; an engine samples a group at once: raise max_num_seqs"
+                f"grpo.mtp_loss_weight {self.grpo.mtp_loss_weight} trains MTP layers, which get no adapter under "
+                "model.lora; set one of the two to its default"
             )
         if self.run.eval_reward and self.run.eval_reward not in self.rewards:
             raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
@@ -366,70 +437,18 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         if not path.is_file():
             raise ConfigError(f"configuration file {str(path)!r} does not exist; see configs/ for examples")
         try:
-            stem, content = path.stem, yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+            stem, content = path.stem, yaml.load(path.read_text(encoding="utf-8"), YamlLoader) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as err:
             raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())}") from err
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must be a mapping of sections, not {type(content).__name__}")
-    for override in overrides:
-        _override(content, override)
+    for argument in overrides:
+        override(content, argument, Config)
     try:
         config = Config.model_validate(content)
     except ValidationError as err:
-        raise ConfigError(_one_line(err)) from err
+        raise ConfigError(one_line(err, Config)) from err
     run = config.run.model_copy(
         update={"name": config.run.name or stem, "output_dir": config.run.output_dir or f"runs/{stem}"}
     )
     return config.model_copy(update={"run": run})
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    match = re.fullmatch(r"--([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", override, re.DOTALL)
-    if match is None or ("." not in match[1] and match[1] not in Config.model_fields):
-        raise ConfigError(f"argument {override!r} is not of the form --section.key=value (or --section=null)")
-    *sections, key = match[1].split(".")
-    node: Any = content
-    for name in sections:
-        child = node.get(name)
-        if isinstance(child, int | float):  # rewards.exact_match: 1.0, and now an option is set
-            child = {"weight": child}
-        node[name] = node = {} if child is None else child
-        if not isinstance(node, dict):
-            raise ConfigError(f"{override}: {name!r} is not a section")
-    try:
-        node[key] = yaml.load(match[2], _Loader) if match[2] else ""
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{override}: the value is not YAML: {' '.join(str(err).split())}") from err
-
-
-def _one_line(err: ValidationError) -> str:
-    first = err.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        model: Any = Config
-        for part in first["loc"][:-1]:
-            if not isinstance(part, int):  # a place in a list of sections
-                model = _section_of(model.model_fields[part].annotation)
-        unknown = str(first["loc"][-1])
-        near = difflib.get_close_matches(unknown, list(model.model_fields), n=1, cutoff=0.0)
-        return f"unknown key {key!r}; did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?"
-    if first["type"] == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        return message if "." in message.split(" ")[0] else f"{key}: {message}"
-    return f"{key} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-
-
-def _section_of(annotation: Any) -> type[Section]:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    raise AssertionError(f"{annotation=} is no section")

@@ -15,7 +15,7 @@ from grpo.cluster import Cluster
 from grpo.config import Config, ConfigError, load_config
 from grpo.prepare import prepare
 from grpo.records import Prompt
-from grpo.steps import reward_inputs
+from grpo.steps import reward_inputs, rollout_params
 from rewards import Score
 from rollout import SamplingParams
 from rollout.draws import seed_of
@@ -42,18 +42,7 @@ def pass_at_k(
 
     maj@n: the most frequent completion text (first drawn on a tie) is right.
     """
-    params = [
-        SamplingParams(
-            n=n,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-            min_p=config.rollout.min_p,
-            max_tokens=config.rollout.max_completion_length,
-            seed=seed_of(config.run.seed, "eval", prompt.id),
-        )
-        for prompt in prompts
-    ]
+    params = [rollout_params(config, n, seed_of(config.run.seed, "eval", prompt.id)) for prompt in prompts]
     completions = cluster.sample([p.token_ids for p in prompts], params)
     inputs = reward_inputs(prompts, completions, tokenizer)
     scores = cluster.score(inputs)

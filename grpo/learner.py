@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from grpo.config import GRPOConfig, StageConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
-from grpo.policy import AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
+from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
 from grpo.records import PackedBatch, StepStats
+from grpo.router import router_metrics
 from grpo.weight_sync import Bucket, buckets
 from model import DeepseekV3ForCausalLM
-from model.checkpoint import load_weights
-from model.names import hf_state
+from model.checkpoint import load_weights, save_model
+from model.lora import FOLDER, LoraAdapter
+from model.names import HFModel, hf_state
 
 
 class Learner:
@@ -38,33 +40,51 @@ class Learner:
         temperature: float = 1.0,
         checkpointing: bool = False,
         reference_dir: str | Path | None = None,
+        lora: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
-        """`reference_dir`: weights of the reference policy; None: model_dir. Raises ValueError for a bad directory."""
+        """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
+        on the weights of model_dir, which are then the reference as well. Raises ValueError for a bad directory.
+        """
         self.config, self.temperature = config, temperature
         model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+        rl = isinstance(config, GRPOConfig)
         auxiliary = AuxiliaryLosses(
-            mtp_loss_weight=config.mtp_loss_weight if isinstance(config, StageConfig) else 0.0,
+            mtp_loss_weight=config.mtp_loss_weight,
+            mtp_detach=rl and config.mtp_detach,
             router_aux_loss_coef=config.router_aux_loss_coef,
-            router_bias_update_rate=config.router_bias_update_rate,
         )
+        self.adapter = None if lora is None else LoraAdapter(model, lora, model_dir, seed)
+        self.published: HFModel = model if self.adapter is None else self.adapter.merged
+        self.router_policy = config.router_policy if rl else "update"
+        self.router_start: torch.Tensor | None = None  # [L_moe, E] tokens per expert in the first step
         self.policy = DeepseekV3Policy(model, auxiliary, checkpointing)
-        self.reference: DeepseekV3Policy | None = None
-        if isinstance(config, GRPOConfig) and config.beta > 0:
+        self.reference: DeepseekV3Policy | AdapterOff | None = None
+        if isinstance(config, GRPOConfig) and config.beta > 0 and self.adapter is not None:
+            self.reference = AdapterOff(self.policy, self.adapter)
+        elif isinstance(config, GRPOConfig) and config.beta > 0:
             frozen = DeepseekV3ForCausalLM.from_pretrained(reference_dir or model_dir, dtype=getattr(torch, dtype))
             self.reference = DeepseekV3Policy(frozen.requires_grad_(False))
         self.optimizer = _optimizer(self.policy, config)
         self.updates = 0  # optimiser updates so far
         self.policy_version = 0
 
-    def step(self, minibatches: Sequence[Sequence[PackedBatch]]) -> StepStats:
+    def step(
+        self, minibatches: Sequence[Sequence[PackedBatch]], rollout_counts: torch.Tensor | None = None
+    ) -> StepStats:
         """One GRPO step: every mini-batch (a list of micro-batches) once in each of num_iterations passes.
 
-        With a single update the old log-probabilities are the current ones, so no pass is spent on them.
+        rollout_counts [L_moe, up to E]: tokens per expert of the rollout. Under the router policy `rollout` they move
+        the biases once, after the last update.
+        The first mini-batch of a single pass is used before any weight changes: its old log-probabilities are the
+        current ones, so no pass is spent on them.
         """
         config = self.config
         assert isinstance(config, GRPOConfig), f"{type(config).__name__} has no GRPO step"
-        single = len(minibatches) * config.num_iterations == 1
-        prepared = [[self._prepare(b, old=not single) for b in batches] for batches in minibatches]
+        prepared = [
+            [self._prepare(b, old=index > 0 or config.num_iterations > 1) for b in batches]
+            for index, batches in enumerate(minibatches)
+        ]
         options = LossOptions(
             **{f.name: getattr(config, f.name) for f in dataclasses.fields(LossOptions) if f.name != "epsilon_high"},
             epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
@@ -83,8 +103,12 @@ class Learner:
                 updates.append(stats)
                 losses.append(loss)
                 norms.append(norm)
+        if self.router_policy == "rollout":
+            assert rollout_counts is not None, "router policy rollout without the rollout's counts"
+            self.policy.balance(rollout_counts, config.router_bias_update_rate)
         self.policy_version += 1
-        metrics = _combine(updates)
+        total = _sum(updates)
+        metrics = _combine(updates, total) | self.model_metrics(total)
         metrics |= {"loss": _mean(losses), "grad_norm": _mean(norms), "learning_rate": lr}
         return StepStats(self.policy_version, metrics)
 
@@ -94,19 +118,33 @@ class Learner:
         Raises ValueError for a gradient that is not finite, before it touches the weights.
         """
         loss, stats = self.policy.forward_backward(batches, loss_fn)
-        master = self.policy.master
-        norm = torch.nn.utils.clip_grad_norm_(master, self.config.max_grad_norm or math.inf, foreach=True)
-        if not torch.isfinite(norm):  # a step would spread it over every weight
+        norms = [float(norm) for norm in self.policy.clip(self.config.max_grad_norm or math.inf)]
+        bad = [norm for norm in norms if not math.isfinite(norm)]
+        if bad:  # a step would spread it over every weight
             self.optimizer.zero_grad(set_to_none=True)
-            raise ValueError(f"the gradient norm of update {self.updates} is {float(norm)}; the weights are untouched")
+            raise ValueError(f"the gradient norm of update {self.updates} is {bad[0]}; the weights are untouched")
         lr = self.learning_rate(self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.publish()
+        total = _sum(stats)
+        if self.router_policy == "update" and self.config.router_bias_update_rate > 0:
+            self.policy.balance(total["sum/expert_counts"], self.config.router_bias_update_rate)
         self.updates += 1
-        return loss, float(norm), lr, _sum(stats)
+        return loss, norms[0], lr, total
+
+    def model_metrics(self, total: Stats) -> dict[str, float]:
+        """Of the statistics of a step: balance of the routers, and multi-token prediction where it is trained."""
+        counts = total["sum/expert_counts"][: self.policy.model.config.num_moe_layers]
+        if self.router_start is None and counts.any():
+            self.router_start = counts
+        metrics = {} if self.router_start is None else router_metrics(counts, self.router_start)
+        if "sum/mtp_loss" in total:
+            metrics["mtp_loss"] = float(total["sum/mtp_loss"]) / float(total["sum/rows"])
+            metrics["mtp/agreement"] = float(total["sum/mtp_agree"]) / max(float(total["sum/mtp_targets"]), 1.0)
+        return metrics
 
     def learning_rate(self, update: int) -> float:
         """Of the update with this number, from 0: linear warm-up, then constant, linear or cosine decay."""
@@ -122,7 +160,7 @@ class Learner:
         return config.learning_rate * (share if config.lr_scheduler_type == "constant" else end + (1 - end) * share)
 
     @torch.no_grad()
-    def logprobs(self, batch: PackedBatch, policy: DeepseekV3Policy | None = None) -> torch.Tensor:
+    def logprobs(self, batch: PackedBatch, policy: DeepseekV3Policy | AdapterOff | None = None) -> torch.Tensor:
         """[R] float32: log-probabilities of a batch's targets, without gradient."""
         policy = policy or self.policy
         hidden = policy.hidden(batch)[batch.source]
@@ -140,21 +178,27 @@ class Learner:
 
     def weights(self) -> list[Bucket]:
         """The whole policy under published names, ready to travel; carries the policy version."""
-        return list(buckets(hf_state(self.policy.model), self.policy_version))
+        return list(buckets(hf_state(self.published), self.policy_version))
 
     def save(self, directory: str | Path) -> None:
-        """Writes a HF model directory and `train_state/`: what `load` needs to go on exactly as if never stopped."""
+        """Writes a HF model directory and `train_state/`: what `load` needs to go on exactly as if never stopped.
+
+        Under LoRA the weights are merged ones, and `adapter/` has the adapter in PEFT's format.
+        """
         directory = Path(directory)
-        self.policy.model.save_pretrained(directory)
+        save_model(self.published, directory)
+        if self.adapter is not None:
+            self.adapter.save(directory)
         state = directory / "train_state"
         state.mkdir(exist_ok=True)
         tensors = {}
-        for name, master in zip(self.policy.names, self.policy.master):
+        for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
             tensors |= {f"{name}|{key}": value for key, value in self.optimizer.state.get(master, {}).items()}
-            if master.dtype != self.policy.model.dtype:
+            if parameter is not master:
                 tensors[f"{name}|master"] = master.detach()
         save_file({key: value.contiguous() for key, value in tensors.items()}, state / "optimizer.safetensors")
-        numbers = {"updates": self.updates, "policy_version": self.policy_version}
+        start = None if self.router_start is None else self.router_start.tolist()
+        numbers = {"updates": self.updates, "policy_version": self.policy_version, "router_start": start}
         (state / "learner.json").write_text(json.dumps(numbers))
 
     def load(self, directory: str | Path) -> None:
@@ -163,7 +207,14 @@ class Learner:
         state = directory / "train_state"
         if not (state / "learner.json").is_file():
             raise ValueError(f"{directory} has no train_state/learner.json; it is no training checkpoint")
-        load_weights(self.policy.model, directory)
+        if self.adapter is not None:
+            self.adapter.load(directory)
+        elif (directory / FOLDER).is_dir():
+            raise ValueError(
+                f"{directory} is a checkpoint of an adapter; go on with the model.lora it was trained with"
+            )
+        else:
+            load_weights(self.policy.model, directory)
         tensors = load_file(state / "optimizer.safetensors")
         for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
             if parameter is not master:
@@ -173,6 +224,8 @@ class Learner:
                 self.optimizer.state[master] = values
         numbers = json.loads((state / "learner.json").read_text())
         self.updates, self.policy_version = numbers["updates"], numbers["policy_version"]
+        start = numbers.get("router_start")
+        self.router_start = None if start is None else torch.tensor(start, device=self.policy.model.device)
 
 
 def nll_loss(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:
@@ -204,9 +257,9 @@ def _sum(stats: Iterable[Stats]) -> Stats:
     return total
 
 
-def _combine(updates: Sequence[Stats]) -> dict[str, float]:
-    """Metrics under TRL's names, means over the tokens of a step."""
-    stats = {key: float(value) for key, value in _sum(updates).items()}
+def _combine(updates: Sequence[Stats], total: Stats) -> dict[str, float]:
+    """Metrics under TRL's names, means over the tokens of a step, from each update's statistics and their total."""
+    stats = {key: float(value) for key, value in total.items() if value.dim() == 0}
     tokens, rows = max(stats["sum/tokens"], 1.0), max(stats["sum/rows"], 1.0)
     low, high = stats["sum/clip_low"] / tokens, stats["sum/clip_high"] / tokens
     metrics = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -38,10 +38,9 @@ class RunLog:
         keep = -1 if resume_step is None else resume_step
         self._last = -1
         for name in (METRICS, SAMPLES):
-            rows = [row for row in _read(directory / name) if row["step"] <= keep]
-            _replace(directory / name, rows)
-            if name == METRICS and rows:
-                self._last = rows[-1]["step"]
+            write_rows(directory / name, (row for row in _read(directory / name) if row["step"] <= keep))
+        for row in _read(directory / METRICS):
+            self._last = row["step"]
         self._files: dict[str, BinaryIO] = {
             name: (directory / name).open("ab", buffering=0) for name in (METRICS, SAMPLES)
         }
@@ -81,12 +80,27 @@ class RunLog:
 
 def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl, [] before the first; NaN was written as None. Raises ValueError for a damaged file."""
-    return _read(_existing(run_dir) / METRICS)
+    return list(_read(_existing(run_dir) / METRICS))
 
 
 def load_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     """Rows of samples.jsonl, [] before the first. Raises ValueError for a damaged file."""
+    return list(iter_samples(run_dir))
+
+
+def iter_samples(run_dir: str | Path) -> Iterator[dict[str, Any]]:
+    """The same one by one, for files that do not fit into memory."""
     return _read(_existing(run_dir) / SAMPLES)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A whole file of JSON lines in place of what was there; `rows` may be read from the file it replaces."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.writelines(map(_line, rows))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _existing(run_dir: str | Path) -> Path:
@@ -95,27 +109,20 @@ def _existing(run_dir: str | Path) -> Path:
     return Path(run_dir)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a file that may lack its end (the writer was killed), or be missing."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line:
-                rows.append(json.loads(line))
-        except ValueError as err:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: damaged line ({err}); remove it to go on") from err
-    return rows
-
-
-def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(map(_line, rows)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as err:
+                if line.endswith(b"\n"):
+                    raise ValueError(f"{path}:{number}: damaged line ({err}); remove it to go on") from err
+                return
+            if row is not None:
+                yield row
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.alarms import Alarms
 from grpo.cluster import Cluster
 from grpo.config import Config
 from grpo.data import PromptCursor
@@ -24,6 +25,7 @@ from grpo.evaluate import accuracy
 from grpo.log import RunLog
 from grpo.progress import Progress
 from grpo.records import Group, Prompt
+from grpo.router import rollout_counts
 from grpo.steps import (
     informative,
     make_groups,
@@ -48,6 +50,7 @@ class Run:
     tokenizer: Any
     log: RunLog
     progress: Progress
+    alarms: Alarms
     save: Callable[[int], None]  # writes the checkpoint of a step
 
 
@@ -75,8 +78,9 @@ def run_loop(run: Run, first_step: int) -> None:
                 break
         groups = with_advantages(groups or sampled, config)
         minibatches = pack_step(groups, config)
+        counts = rollout_counts(sampled) if config.grpo.router_policy == "rollout" else None
         with clock("learner"):
-            stats = cluster.learn(minibatches)
+            stats = cluster.learn(minibatches, counts)
         with clock("sync"):
             cluster.sync_weights(stats.policy_version)
         metrics = {"policy_version": stats.policy_version, **step_metrics(groups, sampled), **stats.metrics}
@@ -99,6 +103,8 @@ def log_step(run: Run, step: int, metrics: dict[str, float], groups: Sequence[Gr
     run.log.samples(sample_rows(step, groups, run.config.run.log_samples))
     run.log.metrics({"step": step, **metrics})
     run.progress.step({"step": step, **metrics})
+    for line in run.alarms.check({"step": step, **metrics}):
+        run.progress.warn(line)
 
 
 class Clock:

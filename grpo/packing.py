@@ -3,8 +3,8 @@
     [ prompt without its last token | last prompt token, completion of sample 0 | ... of sample 1 | ... ]
 
 Every sample starts with the last token of the prompt, so whatever looks ahead from there (the first completion token,
-multi-token prediction) is its own; its last token predicts nothing and is left out. A micro-batch takes whole groups
-as long as they fit; only a group longer than max_tokens by itself is split, and its prompt repeated.
+multi-token prediction) is its own; its last token predicts nothing and is left out: it is a target only. A micro-batch
+takes whole groups as long as they fit; only a group longer than max_tokens by itself is split, and its prompt repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from grpo.records import PackedBatch, TrainingSample
 
 
-def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int, keep_last: bool = False) -> list[PackedBatch]:
+def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int) -> list[PackedBatch]:
     """Micro-batches of at most max_tokens packed tokens each (a longer sample has one of its own), in order.
 
     The samples of a group have the same prompt. Raises ValueError for a sample without prompt or completion tokens.
@@ -25,35 +25,35 @@ def pack(groups: Sequence[Sequence[TrainingSample]], max_tokens: int, keep_last:
     batches: list[list[list[TrainingSample]]] = [[]]
     room = max_tokens
     for group in groups:
-        for piece in _split(list(group), max_tokens, keep_last):
-            size = _tokens(piece, keep_last)
+        for piece in _split(list(group), max_tokens):
+            size = _tokens(piece)
             if size > room and batches[-1]:
                 batches.append([])
                 room = max_tokens
             batches[-1].append(piece)
             room -= size
-    return [_assemble(pieces, keep_last) for pieces in batches if pieces]
+    return [_assemble(pieces) for pieces in batches if pieces]
 
 
-def _tokens(group: Sequence[TrainingSample], keep_last: bool) -> int:
+def _tokens(group: Sequence[TrainingSample]) -> int:
     """Packed tokens of a group."""
     shared = len(group[0].prompt_ids) - 1
-    return shared + sum(len(sample.completion_ids) + keep_last for sample in group)
+    return shared + sum(len(sample.completion_ids) for sample in group)
 
 
-def _split(group: list[TrainingSample], max_tokens: int, keep_last: bool) -> list[list[TrainingSample]]:
+def _split(group: list[TrainingSample], max_tokens: int) -> list[list[TrainingSample]]:
     pieces: list[list[TrainingSample]] = []
     for sample in group:
         if not sample.prompt_ids or not sample.completion_ids:
             raise ValueError("a sample needs at least one prompt token and one completion token")
-        if pieces and _tokens([*pieces[-1], sample], keep_last) <= max_tokens:
+        if pieces and _tokens([*pieces[-1], sample]) <= max_tokens:
             pieces[-1].append(sample)
         else:
             pieces.append([sample])
     return pieces
 
 
-def _assemble(groups: Sequence[Sequence[TrainingSample]], keep_last: bool) -> PackedBatch:
+def _assemble(groups: Sequence[Sequence[TrainingSample]]) -> PackedBatch:
     ids: list[int] = []
     positions, sources, lengths, parents, routes = [], [], [], [], []
     samples = [sample for group in groups for sample in group]
@@ -70,7 +70,7 @@ def _assemble(groups: Sequence[Sequence[TrainingSample]], keep_last: bool) -> Pa
             positions.append(np.arange(shared))
             routes.append(None if group[0].routed_experts is None else group[0].routed_experts[:shared])
         for sample in group:
-            own = [*prompt[shared:], *sample.completion_ids[: None if keep_last else -1]]
+            own = [*prompt[shared:], *sample.completion_ids[:-1]]
             start = len(ids) + len(prompt) - shared - 1  # of the last prompt token, which predicts the first target
             ids += own
             lengths.append(len(own))

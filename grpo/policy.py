@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from grpo.records import PackedBatch
+from grpo.router import trained_tokens
 from model import DeepseekV3ForCausalLM, SequenceLayout
-from model.moe import TopkRouter, balanced_bias, sequence_balance_loss
+from model.lora import LoraAdapter
+from model.moe import TopkRouter, balanced_bias, expert_counts, sequence_balance_loss
 from model.mtp import mtp_loss
 
 Stats = dict[str, torch.Tensor]
@@ -26,8 +29,8 @@ class AuxiliaryLosses:
     """Weights of the losses that the architecture brings; 0: not computed."""
 
     mtp_loss_weight: float = 0.0
+    mtp_detach: bool = False  # the MTP loss trains MTP parameters only
     router_aux_loss_coef: float = 0.0
-    router_bias_update_rate: float = 0.0
 
 
 class DeepseekV3Policy:
@@ -45,40 +48,46 @@ class DeepseekV3Policy:
         self.master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
 
     def forward_backward(self, microbatches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, list[Stats]]:
-        """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and statistics."""
+        """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and statistics.
+
+        To loss_fn's are added `sum/expert_counts` [layers with experts, E] of the tokens trained on (MTP layers last,
+        where they are trained) and sums over the depths of MTP.
+        """
         total_rows = sum(len(b.target) for b in microbatches)
         total_samples = sum(b.num_samples for b in microbatches)
-        loss_sum, stats, counts = 0.0, [], None
+        loss_sum, stats = 0.0, []
         for batch in microbatches:
-            loss, stat, count = self._loss(batch, loss_fn, total_rows, total_samples)
+            loss, stat = self._loss(batch, loss_fn, total_rows, total_samples)
             if loss.requires_grad:
                 loss.backward()
             self._collect()
             loss_sum += float(loss.detach())
             stats.append(stat)
-            counts = count if counts is None or count is None else counts + count
-        if counts is not None:
-            self._balance(counts)
         return loss_sum, stats
 
     def _loss(
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
-    ) -> tuple[torch.Tensor, Stats, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Stats]:
         model, aux = self.model, self.auxiliary
         layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
         out = model.forward_packed(
             batch.input_ids,
             layout,
             batch.routed_experts,
-            output_routing=aux.router_bias_update_rate > 0,
+            output_routing=True,
             output_router_scores=aux.router_aux_loss_coef > 0,
         )
         loss, stats = loss_fn(out.hidden, model.lm_head.weight, batch)
+        assert out.routed_experts is not None
+        trained = trained_tokens(batch, layout.segment_ids)
+        counts = expert_counts(out.routed_experts, model.config.n_routed_experts, trained)
         if aux.mtp_loss_weight > 0 and len(model.mtp_layers):
-            counted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-            counted[batch.source + 1] = True  # rows are packed with keep_last: the token after a source is its target
-            mtp = mtp_loss(model, out.hidden, batch.input_ids, layout, detach=False, target_mask=counted)
+            mtp = mtp_loss(
+                model, out.hidden, batch.input_ids, layout, batch.source, batch.target, detach=aux.mtp_detach
+            )
             stats["sum/mtp_loss"] = mtp.loss_sum.detach().mean()
+            stats["sum/mtp_agree"], stats["sum/mtp_targets"] = mtp.agree.sum(), mtp.count.sum()
+            counts = torch.cat((counts, mtp.expert_counts))
             loss = loss + aux.mtp_loss_weight * mtp.loss_sum.mean() / total_rows  # equations 24, 25
         if out.router_scores:
             # a sequence is a whole sample, its prompt included, however prompts are shared and groups cut
@@ -91,7 +100,8 @@ class DeepseekV3Policy:
                     model.config.num_experts_per_tok,
                 )
                 loss = loss + aux.router_aux_loss_coef * balance * batch.num_samples / total_samples
-        return loss, stats, out.expert_counts
+        stats["sum/expert_counts"] = counts
+        return loss, stats
 
     def _collect(self) -> None:
         for parameter, master in zip(self.parameters, self.master):
@@ -101,12 +111,27 @@ class DeepseekV3Policy:
                 parameter.grad = None
 
     @torch.no_grad()
-    def _balance(self, counts: torch.Tensor) -> None:
-        """Auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2) by the expert counts [L_moe, E] of the update."""
-        routers = [m for m in self.model.model.modules() if isinstance(m, TopkRouter)]
-        for router, count in zip(routers, counts, strict=True):
+    def balance(self, counts: torch.Tensor, rate: float) -> None:
+        """Auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2): moves the routers' biases by +-rate.
+
+        counts: [layers with experts, up to E], tokens per expert over a whole update (or rollout); experts beyond got
+        none. MTP layers come last and may be left out. The biases are FP32 whatever dtype the model has.
+        """
+        routers = [m for m in self.model.modules() if isinstance(m, TopkRouter)]
+        for router, count in zip(routers, counts.to(self.model.device)):
             bias = router.e_score_correction_bias
-            bias.copy_(balanced_bias(bias, count, self.auxiliary.router_bias_update_rate))
+            bias.copy_(balanced_bias(bias, F.pad(count, (0, len(bias) - len(count))), rate))
+
+    def clip(self, max_norm: float) -> list[torch.Tensor]:
+        """Clips the gradients; returns their norms before.
+
+        Two where MTP is trained apart, the policy's first: in one common norm its gradient would scale the policy's.
+        """
+        apart = self.auxiliary.mtp_loss_weight > 0 and self.auxiliary.mtp_detach
+        parts: dict[bool, list[torch.Tensor]] = {}
+        for name, master in zip(self.names, self.master):
+            parts.setdefault(apart and name.startswith("mtp_layers."), []).append(master)
+        return [torch.nn.utils.clip_grad_norm_(part, max_norm, foreach=True) for _, part in sorted(parts.items())]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -120,3 +145,15 @@ class DeepseekV3Policy:
         """[T, d] without gradient."""
         layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
         return self.model.forward_packed(batch.input_ids, layout, batch.routed_experts).hidden
+
+
+class AdapterOff:
+    """A policy that trains an adapter, without it: the reference policy, at no cost in memory."""
+
+    def __init__(self, policy: DeepseekV3Policy, adapter: LoraAdapter) -> None:
+        self.policy, self.adapter, self.model = policy, adapter, policy.model
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """[T, d] without gradient."""
+        with self.adapter.off():
+            return self.policy.hidden(batch)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from grpo.config import Config, ConfigError, digest
+from grpo.config import Config, ConfigError, digest, load_config
 from grpo.data import Row, load_rows, make_prompts
 from grpo.records import Prompt
 from model.config import DeepseekV3Config
@@ -34,10 +34,28 @@ class Prepared:
     held_out: list[Prompt]
 
 
+def run_config(
+    source: str | Path | Mapping[str, Any] | Config | None, overrides: Sequence[str] = (), resume: str = ""
+) -> Config:
+    """The configuration of a new run, or with `resume` that of a run directory to go on with. Raises ConfigError."""
+    if resume:
+        saved = Path(resume) / "config.yaml"
+        if source is not None:
+            raise ConfigError(f"--resume {resume} brings its own configuration; leave {source} out")
+        if not saved.is_file():
+            raise ConfigError(f"--resume {resume!r} is no run directory (no config.yaml); check the path")
+        config = load_config(saved, overrides)
+        return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": resume})})
+    if source is None:
+        raise ConfigError("no configuration given; name a YAML file, or a run with --resume RUN_DIR")
+    return source if isinstance(source, Config) else load_config(source, overrides)
+
+
 def prepare(config: Config) -> Prepared:
     """Reads and checks model, data and rewards against each other. Raises ValueError; takes seconds, not minutes."""
     model_dir = model_directory(config)
     model_config = DeepseekV3Config.from_pretrained(model_dir)
+    _check_model(config, model_config)
     tokenizer = load_tokenizer(model_dir)
     if not config.rewards:
         raise ConfigError("rewards is empty; name at least one, e.g. `rewards: {exact_match: 1.0}`")
@@ -55,6 +73,19 @@ def prepare(config: Config) -> Prepared:
         for prompt in prompts[:1]:
             rewards.check(prompt.fields)
     return Prepared(config, model_dir, tokenizer, train_rows, prompts, held_out)
+
+
+def _check_model(config: Config, model: DeepseekV3Config) -> None:
+    if config.grpo.mtp_loss_weight > 0 and model.num_nextn_predict_layers == 0:
+        raise ConfigError(
+            f"grpo.mtp_loss_weight is {config.grpo.mtp_loss_weight}, but the model has no MTP layers "
+            "(num_nextn_predict_layers is 0); set it to 0"
+        )
+    if config.grpo.router_policy != "frozen" and model.num_moe_layers == 0:
+        raise ConfigError(
+            f"grpo.router_policy is {config.grpo.router_policy}, but the model has no layer with experts "
+            f"(first_k_dense_replace is {model.first_k_dense_replace}); set it to frozen"
+        )
 
 
 def load_tokenizer(model_dir: Path) -> Any:

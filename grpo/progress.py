@@ -68,12 +68,17 @@ class Progress:
             self._printed = now
             print(f"step {step}/{self._total}  {text}  {left}", file=self._console.file, flush=True)
 
+    def warn(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+
 
 def describe(metrics: Mapping[str, Any]) -> str:
     """One line: reward, accuracy, length, and which share of the time each stage took."""
     parts = []
     for label, name, form in (
         ("reward", "reward", ".3f"),
+        ("accepted", "acceptance_rate", ".3f"),
         ("accuracy", "eval/accuracy", ".3f"),
         ("loss", "loss", ".3f"),
         ("length", "completions/mean_length", ".1f"),
@@ -81,7 +86,7 @@ def describe(metrics: Mapping[str, Any]) -> str:
     ):
         if metrics.get(name) is not None:
             parts.append(f"{label} {metrics[name]:{form}}")
-    times = {stage: metrics.get(f"time/{stage}") or 0.0 for stage in STAGES}
+    times = {stage: metrics[name] or 0.0 for stage in STAGES if (name := f"time/{stage}") in metrics}
     if total := sum(times.values()):
         parts.append(" ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in times.items()))
     return "  ".join(parts)

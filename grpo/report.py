@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from .alarms import raised
 from .log import load_metrics, load_samples
 
 MAX_SAMPLE_CHARACTERS = 10_000_000  # of prompts and completions in a report; a browser gets slow beyond
@@ -34,6 +35,7 @@ class Chart(NamedTuple):
 CHARTS = (
     Chart("Accuracy", ("eval/accuracy",), "Greedy, on held-out prompts.", zero=True),
     Chart("Reward", ("reward",), "Mean over the samples of a step.", noisy=True),
+    Chart("Accepted", ("acceptance_rate",), "Share of a step's answers that distill.threshold lets pass.", True, True),
     Chart("Rewards by name", ("rewards/*/mean",), "Unweighted means.", noisy=True),
     Chart(
         "Reward spread", ("reward_std", "frac_reward_zero_std"), "Groups of equal rewards teach nothing.", True, True
@@ -49,6 +51,10 @@ CHARTS = (
         "Difference of log-probabilities of sampled tokens. A jump means that the two no longer run the same weights.",
         log=True,
     ),
+    Chart("Expert load", ("router/max_violation",), "The busiest expert's tokens over the mean, less 1.", True, True),
+    Chart("Experts", ("router/dead_experts", "router/drift"), "Shares: without tokens; of moved choices.", True, True),
+    Chart("Multi-token prediction", ("mtp/agreement",), "Share of tokens where both heads agree.", noisy=True),
+    Chart("Multi-token prediction loss", ("mtp_loss",), "Nats a token.", noisy=True),
     Chart(
         "Time by stage",
         ("time/rollout", "time/rewards", "time/learner", "time/sync"),
@@ -74,15 +80,18 @@ def write_report(run_dir: str | Path) -> Path:
     config_file = directory / "config.yaml"
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     config = _parsed(config_text)
+    provenance = directory / "provenance.json"  # of `grpo distill`
+    made = json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else {}
     columns, rows, note = sample_table(samples)
     charts = [data for chart in CHARTS if (data := _chart(chart, metrics))]
     page = resources.files("grpo").joinpath("report_page.html").read_text(encoding="utf-8")
     parts = {
         "__TITLE__": html.escape(str(config.get("run", {}).get("name") or directory.resolve().name)),
-        "__STATE__": html.escape(_state(metrics, config)),
+        "__STATE__": html.escape(_state(metrics, made.get("steps", config.get("grpo", {}).get("max_steps")))),
+        "__ALARMS__": "".join(f'<p class="alarm">{html.escape(line)}</p>' for line in _alarms(metrics, config)),
         "__TILES__": "".join(
             f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
-            for label, value in _outcome(metrics)
+            for label, value in [*_chosen(made.get("selection")), *_outcome(metrics)]
         ),
         "__NOTE__": html.escape(note),
         "__CONFIG__": html.escape(config_text or "no config.yaml in the run directory"),
@@ -190,14 +199,35 @@ def _outcome(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _state(metrics: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
+def _chosen(selection: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """(label, value) of the tiles about what `grpo distill` kept."""
+    if selection is None:
+        return []
+    length = selection["mean_length"]
+    return [
+        ("answers accepted", f"{selection['accepted']:,} of {selection['sampled']:,}"),
+        ("rows kept", f"{selection['kept']:,}"),
+        ("mean length, accepted to kept", f"{length['accepted']:.2f} \N{RIGHTWARDS ARROW} {length['kept']:.2f}"),
+        *(
+            (f"dropped: {name}".replace("_", " "), f"{count:,}")
+            for name, count in selection["dropped"].items()
+            if count
+        ),
+    ]
+
+
+def _state(metrics: Sequence[dict[str, Any]], total: int | None) -> str:
     if not metrics:
         return "No step is recorded yet."
-    total = config.get("grpo", {}).get("max_steps")
     step = metrics[-1]["step"]
     if total is None:
         return f"{step} steps recorded."
     return f"Finished: {step} steps." if step >= total else f"Not finished: step {step} of {total}."
+
+
+def _alarms(metrics: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
+    thresholds = config.get("run", {}).get("alarms")
+    return raised(metrics, thresholds) if isinstance(thresholds, dict) else []
 
 
 def _parsed(text: str) -> dict[str, Any]:

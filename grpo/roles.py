@@ -28,7 +28,7 @@ class RolloutRole:
             page_size=rollout.page_size,
             num_pages=rollout.num_pages,
             exact=rollout.exact,
-            enable_return_routed_experts=rollout.replay_routing,
+            enable_return_routed_experts=rollout.replay_routing or config.grpo.router_policy == "rollout",
         )
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
@@ -63,6 +63,8 @@ def learner_role(config: Config, model_dir: str, reference_dir: str) -> Learner:
         temperature=config.rollout.temperature,
         checkpointing=config.model.gradient_checkpointing,
         reference_dir=Path(reference_dir),
+        lora=None if config.model.lora is None else config.model.lora.model_dump(),
+        seed=config.run.seed,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo.alarms import Alarms
 from grpo.config import Config, ConfigError, StageConfig
 from grpo.data import load_rows, make_prompts, sft_examples, text_blocks
 from grpo.evaluate import is_right
@@ -97,23 +98,24 @@ def _train(
     probe: Sequence[Prompt],
 ) -> None:
     learner = Learner(model_dir, stage, dtype=config.model.dtype, checkpointing=config.model.gradient_checkpointing)
-    batches = _batches(examples, stage.batch_size, config.run.seed)
+    batches, alarms = _batches(examples, stage.batch_size, config.run.seed), Alarms(config.run.alarms)
     with RunLog(out) as log, Progress(stage.max_steps) as progress:
         for step in range(1, stage.max_steps + 1):
             chosen = next(batches)
             weight = 1.0 / sum(len(completion) for _, completion in chosen)
             samples = [[TrainingSample(tuple(p), tuple(c), weight)] for p, c in chosen]
-            packed = pack(samples, stage.max_tokens_per_microbatch, keep_last=True)
+            packed = pack(samples, stage.max_tokens_per_microbatch)
             _, norm, lr, stats = learner.update(packed, nll_loss)
             rows = float(stats["sum/rows"])
             metrics = {"step": step, "loss": float(stats["sum/nll"]) / rows, "grad_norm": norm, "learning_rate": lr}
-            if "sum/mtp_loss" in stats:
-                metrics["mtp_loss"] = float(stats["sum/mtp_loss"]) / rows
+            metrics |= learner.model_metrics(stats)
             reached = 0.0
             if probe and (step % stage.eval_every == 0 or step == stage.max_steps):
                 reached = metrics["sampled_accuracy"] = sampled_accuracy(config, learner, probe, tokenizer)
             log.metrics(metrics)
             progress.step(metrics)
+            for line in alarms.check(metrics):
+                progress.warn(line)
             if probe and reached >= stage.stop_accuracy:
                 break
     learner.policy.model.save_pretrained(out)

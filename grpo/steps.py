@@ -20,15 +20,20 @@ from rollout.draws import seed_of
 
 def sampling_params(config: Config, prompt: Prompt) -> SamplingParams:
     """For training. The seed is a hash of (run.seed, prompt id, visit); each sample's is derived from it."""
+    return rollout_params(config, config.grpo.num_generations, seed_of(config.run.seed, prompt.id, prompt.visit))
+
+
+def rollout_params(config: Config, n: int, seed: int) -> SamplingParams:
+    """`n` samples, drawn as the `rollout` section says."""
     rollout = config.rollout
     return SamplingParams(
-        n=config.grpo.num_generations,
+        n=n,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         max_tokens=rollout.max_completion_length,
-        seed=seed_of(config.run.seed, prompt.id, prompt.visit),
+        seed=seed,
     )
 
 

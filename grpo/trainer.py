@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 
+from grpo.alarms import Alarms
 from grpo.checkpoint import last_checkpoint, save_checkpoint
 from grpo.cluster import Cluster, RunFailure
-from grpo.config import Config, ConfigError, load_config
+from grpo.config import Config
 from grpo.data import PromptCursor
 from grpo.log import RunLog, load_metrics
 from grpo.loop import Run, run_loop
-from grpo.prepare import Prepared, fresh_run_dir, prepare
+from grpo.prepare import Prepared, fresh_run_dir, prepare, run_config
 from grpo.progress import Progress
 from grpo.report import write_report
 from grpo.stages import warm_start
+from model.config import DeepseekV3Config
+from model.lora import check_lora
 from rewards import RewardFailure
 
 
@@ -48,23 +51,15 @@ class GRPOTrainer:
         Raises ConfigError.
         """
         self.resume = bool(resume)
-        if resume:
-            saved = Path(resume) / "config.yaml"
-            if source is not None:
-                raise ConfigError(f"--resume {resume} brings its own configuration; leave {source} out")
-            if not saved.is_file():
-                raise ConfigError(f"--resume {resume!r} is no run directory (no config.yaml); check the path")
-            config = load_config(saved, overrides)
-            source = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": resume})})
-        if source is None:
-            raise ConfigError("no configuration given; name a YAML file, or a run with --resume RUN_DIR")
-        self.config = source if isinstance(source, Config) else load_config(source, overrides)
+        self.config = run_config(source, overrides, resume)
 
     def train(self) -> TrainResult:
         """Prepares, trains and reports. Raises ValueError for bad input before any long work, RunFailure later."""
         started, config = time.monotonic(), self.config
         torch.set_num_threads(config.run.threads)
         prepared = prepare(config)
+        if config.model.lora is not None:
+            check_lora(DeepseekV3Config.from_pretrained(prepared.model_dir), config.model.lora.model_dump())
         checkpoint = last_checkpoint(Path(config.run.output_dir)) if self.resume else None
         run_dir = Path(config.run.output_dir) if self.resume else fresh_run_dir(config)
         start_dir = warm_start(prepared) if config.sft is not None else prepared.model_dir
@@ -99,5 +94,6 @@ class GRPOTrainer:
             RunLog(run_dir, resume_step=step) as log,
             Progress(config.grpo.max_steps, start=step or 0) as progress,
         ):
-            run = Run(config, cluster, cursor, prepared.held_out, prepared.tokenizer, log, progress, save)
+            alarms = Alarms(config.run.alarms)
+            run = Run(config, cluster, cursor, prepared.held_out, prepared.tokenizer, log, progress, alarms, save)
             run_loop(run, first_step=0 if step is None else step + 1)

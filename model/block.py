@@ -62,7 +62,9 @@ class MTPLayer(DeepseekV3DecoderLayer):
         """hidden # [T, d] after a final norm, embedding # [T, d] of the token k ahead -> block input # [T, d]."""
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
 
-    def predict(self, hidden: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
-        """hidden, embedding # [T, d] -> # [T, d]: what the head reads, and the next depth's `hidden`."""
-        x, _ = DeepseekV3DecoderLayer.forward(self, self.combine(hidden, embedding), cos, sin, layout)
-        return self.shared_head.norm(x)
+    def predict(
+        self, hidden: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout
+    ) -> tuple[Tensor, Routing | None]:
+        """hidden, embedding # [T, d] -> (what the head reads, the next depth's `hidden` # [T, d]; Routing)."""
+        x, routing = DeepseekV3DecoderLayer.forward(self, self.combine(hidden, embedding), cos, sin, layout)
+        return self.shared_head.norm(x), routing

@@ -1,85 +1,208 @@
-"""Hugging Face model directories: config.json and safetensors, sharded when large, read and written as a stream."""
+"""Hugging Face model directories, BF16 or in the released FP8 form, read and written as a stream.
+
+FP8 form: `X.weight` holds E4M3 codes and `X.weight_scale_inv` the FP32 factor of each 128x128 block, perhaps in another
+shard; the matrices that names.stored_in_fp8 tells, everything else BF16. Reading gives plain weights again, so nobody
+else knows about it. Memory: the target and one shard, never a second copy of the model.
+"""
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from model.names import HFModel, hf_state, load_hf_state
+from model.config import DeepseekV3Config
+from model.fp8 import BLOCK, dequantize_blocks, quantize_blocks, scale_shape
+from model.names import LAYER, SCALE_SUFFIX, HFModel, from_hf, hf_state, load_hf_state, stored_in_fp8
+from model.shards import INDEX, StoredTensor, find_tensors, write_shards
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SCALE_FORMATS = ("float", "ue8m0")  # transformers' names: any FP32 factor, or powers of two (also stored as FP32)
+SHARD_BYTES = 5_000_000_000
+SKIPPED = ".rotary_emb.inv_freq"  # a buffer that some exports carry; it follows from the config
 
 
-def save_model(model: HFModel, directory: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write config.json (with the dtype and MTP depth really saved) and the weights under published names.
+class Checkpoint:
+    """A directory opened for reading: config, index and headers agree with each other; no weight has been read yet.
 
-    One shard is in flight at a time. Files are written beside and then renamed, so a crash leaves no torn shard.
+    Raises ValueError, one line that names file and tensor, for whatever does not fit.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    dtype = str(model.state_dict()["lm_head.weight"].dtype).removeprefix("torch.")
-    dataclasses.replace(model.config, dtype=dtype).save_pretrained(directory)
-    shards: list[list[str]] = [[]]
-    sizes = [0]
-    total = 0
-    for name, tensor in hf_state(model):
-        if shards[-1] and sizes[-1] + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(name)
-        sizes[-1] += tensor.nbytes
-        total += tensor.nbytes
-    count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    state = hf_state(model)
-    for file, names in zip(files, shards):
-        tensors: dict[str, Tensor] = {}
-        for expected in names:
-            name, tensor = next(state)
-            assert name == expected, f"{name} where {expected} was planned"
-            # The MTP copies share memory with embedding and head, which safetensors refuses.
-            tensors[name] = tensor.clone() if name.endswith((".embed_tokens.weight", ".head.weight")) else tensor
-        save_file(tensors, directory / f"{file}.tmp", metadata={"format": "pt"})
-        (directory / f"{file}.tmp").rename(directory / file)
-    for old in directory.glob("model*.safetensors"):
-        if old.name not in files:
-            old.unlink()  # left by an earlier save with other shards; an index would not list it
-    (directory / INDEX).unlink(missing_ok=True)
-    if count > 1:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    config: DeepseekV3Config  # num_nextn_predict_layers is what the weights really hold
+    tensors: dict[str, StoredTensor]  # by published name, scales among them
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.config = DeepseekV3Config.from_pretrained(directory)
+        self.values: dict[str, Any] = json.loads((self.directory / "config.json").read_text())
+        _check_quantization(self.directory / "config.json", self.values.get("quantization_config"))
+        self.tensors = {n: t for n, t in find_tensors(directory).items() if not n.endswith(SKIPPED)}
+        for name, tensor in self.tensors.items():
+            self._check_scale(name, tensor)
+        layers = self.config.num_hidden_layers
+        if self.config.num_nextn_predict_layers and not any(
+            int(layer[1]) >= layers for name in self.tensors if (layer := LAYER.fullmatch(name))
+        ):
+            warnings.warn(
+                f"{directory}: config.json has num_nextn_predict_layers {self.config.num_nextn_predict_layers}, the "
+                "weights hold no MTP layer (transformers drops them when it saves): loading without MTP",
+                stacklevel=2,
+            )
+            self.config = dataclasses.replace(self.config, num_nextn_predict_layers=0)
+
+    def _check_scale(self, name: str, tensor: StoredTensor) -> None:
+        """An FP8 weight has a scale of the right shape; a scale has an FP8 weight."""
+        if name.endswith(SCALE_SUFFIX):
+            weight = self.tensors.get(name.removesuffix(SCALE_SUFFIX))
+            if weight is None or weight.dtype != torch.float8_e4m3fn:
+                found = "none" if weight is None else str(weight.dtype)
+                raise ValueError(f"{tensor.file}: {name} scales a weight: expected float8_e4m3fn, found {found}")
+        elif tensor.dtype.itemsize == 1:
+            scale, expected = self.tensors.get(name + SCALE_SUFFIX), scale_shape(tensor.shape)
+            if scale is None or scale.shape != expected:
+                found = "none" if scale is None else f"shape {scale.shape}"
+                where = tensor.file if scale is None else scale.file
+                raise ValueError(
+                    f"{where}: {name}{SCALE_SUFFIX} of the FP8 weight {tensor.shape}: expected shape {expected} "
+                    f"(blocks of {BLOCK[0]}x{BLOCK[1]}), found {found}"
+                )
+
+    @property
+    def weights(self) -> dict[str, StoredTensor]:
+        """The tensors without the scales of FP8 weights."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.endswith(SCALE_SUFFIX)}
+
+    def check(self, model: HFModel) -> None:
+        """Raise ValueError unless the weights are exactly this model's (which may lie on the meta device)."""
+        expected = {name: tuple(t.shape) for name, t in hf_state(model) if from_hf(name, model.config) is not None}
+        missing = [name for name in expected if name not in self.tensors]
+        if missing:
+            listing = self.directory / INDEX if (self.directory / INDEX).is_file() else self.directory
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{listing}: {missing[0]}{more} missing from the weights: expected shape {expected[missing[0]]}, "
+                "found none; use a complete checkpoint"
+            )
+        for name, stored in self.weights.items():
+            if from_hf(name, model.config) is None:
+                continue
+            if name not in expected:
+                raise ValueError(
+                    f"{stored.file}: {name} {stored.shape} is not part of this model: check config.json against the "
+                    "weights"
+                )
+            if stored.shape != expected[name]:
+                raise ValueError(
+                    f"{stored.file}: {name} has shape {stored.shape}: the config asks for {expected[name]}; "
+                    "weights and config.json belong to different models"
+                )
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """Every (published name, weight), one at a time, in the order of the files; FP8 comes dequantised, as FP32.
+
+        Other weights are views into the mapped file, which takes no memory of its own.
+        """
+        opened: dict[Path, Any] = {}
+
+        def get(name: str) -> Tensor:
+            file = self.tensors[name].file
+            if file not in opened:
+                opened[file] = safe_open(file, framework="pt")
+            return opened[file].get_tensor(name)
+
+        for name, stored in self.weights.items():
+            tensor = get(name)
+            yield name, dequantize_blocks(tensor, get(name + SCALE_SUFFIX)) if stored.dtype.itemsize == 1 else tensor
 
 
-def read_weights(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor on the CPU) of a directory, one at a time.
-
-    Raises ValueError when there are no safetensors, a shard is absent, or the weights are FP8.
-    """
-    directory = Path(directory)
-    if (directory / INDEX).is_file():
-        files = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-    else:
-        files = [SINGLE]
-    for file in files:
-        if not (directory / file).is_file():
-            raise ValueError(f"{directory / file} does not exist: give a directory with safetensors weights")
-        with safe_open(directory / file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                tensor = handle.get_tensor(name)
-                if tensor.dtype == torch.float8_e4m3fn or name.endswith("weight_scale_inv"):
-                    raise ValueError(f"{directory}: {name} is FP8; convert the checkpoint to bfloat16 first")
-                yield name, tensor
+def _check_quantization(path: Path, quantization: dict[str, Any] | None) -> None:
+    """ValueError for anything but the released FP8 form."""
+    if not quantization:
+        return
+    for key, known in (
+        ("quant_method", ("fp8",)), ("fmt", ("e4m3", None)), ("weight_block_size", (list(BLOCK),)),
+        ("scale_fmt", (*SCALE_FORMATS, None)), ("expert_dtype", ("fp8", None)),
+    ):  # fmt: skip
+        if quantization.get(key) not in known:
+            raise ValueError(
+                f"{path}: quantization_config.{key} is {quantization.get(key)!r}: expected {known[0]!r}; "
+                "convert the weights to bfloat16 with the tool that made them"
+            )
 
 
 def load_weights(model: HFModel, directory: str | Path) -> None:
-    """Fill the model from a directory. ValueError names what is missing, unexpected or of another shape."""
-    try:
-        load_hf_state(model, read_weights(directory))
-    except ValueError as error:
-        raise ValueError(error if str(directory) in str(error) else f"{directory}: {error}") from error
+    """Fill the model from a directory. ValueError, before anything is read, names what does not fit and where."""
+    checkpoint = Checkpoint(directory)
+    checkpoint.check(model)
+    load_hf_state(model, checkpoint.read())
+
+
+def released_form(weights: Iterable[tuple[str, Tensor]], scale_fmt: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Weights as published: BF16, router biases FP32; with scale_fmt, matrices as FP8 codes followed by their scales.
+
+    Quantised from the dtype that comes in: an FP32 weight is rounded once. ValueError for a weight that is not finite.
+    """
+    for name, tensor in weights:
+        if name.endswith(".e_score_correction_bias"):
+            yield name, tensor.float()
+        elif scale_fmt is None or not stored_in_fp8(name):
+            yield name, tensor.to(torch.bfloat16)
+        else:
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds a number that is not finite: FP8 has no code for it")
+            codes, scale_inv = quantize_blocks(tensor, ue8m0=scale_fmt == "ue8m0")
+            yield name, codes
+            yield name + SCALE_SUFFIX, scale_inv
+
+
+def released_sizes(shapes: Iterable[tuple[str, Sequence[int]]], scale_fmt: str | None) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of all that `released_form` gives for weights of these names and shapes, in its order."""
+    for name, shape in shapes:
+        size = math.prod(shape)
+        if scale_fmt is None or not stored_in_fp8(name):
+            yield name, size * (4 if name.endswith(".e_score_correction_bias") else 2)
+        else:
+            yield name, size
+            yield name + SCALE_SUFFIX, 4 * math.prod(scale_shape(shape))
+
+
+def quantization_config(scale_fmt: str) -> dict[str, Any]:
+    """What config.json says of weights in the FP8 form, as in DeepSeek's releases (V3, and V3.1 for ue8m0)."""
+    values = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(BLOCK)}
+    return values | ({"scale_fmt": "ue8m0"} if scale_fmt == "ue8m0" else {})
+
+
+def save_model(
+    model: HFModel, directory: str | Path, max_shard_bytes: int = SHARD_BYTES, scale_fmt: str | None = None
+) -> None:
+    """Write the weights under published names, and config.json (with the dtype and MTP depth really saved).
+
+    scale_fmt None keeps the model's dtype; "float" or "ue8m0" gives the released FP8 form. Raises ValueError for
+    another one, or a weight that FP8 cannot hold.
+    """
+    if scale_fmt not in (None, *SCALE_FORMATS):
+        raise ValueError(f"scale_fmt is {scale_fmt!r}: use {' or '.join(SCALE_FORMATS)}, or None for plain weights")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    weights = ((name, _own_memory(name, tensor)) for name, tensor in hf_state(model))
+    if scale_fmt:
+        sizes = released_sizes(((name, tensor.shape) for name, tensor in hf_state(model)), scale_fmt)
+        write_shards(directory, sizes, released_form(weights, scale_fmt), max_shard_bytes)
+    else:
+        write_shards(directory, ((name, tensor.nbytes) for name, tensor in hf_state(model)), weights, max_shard_bytes)
+    dtype = "bfloat16" if scale_fmt else str(model.state_dict()["lm_head.weight"].dtype).removeprefix("torch.")
+    values = dataclasses.replace(model.config, dtype=dtype).to_dict()
+    if scale_fmt:
+        values["quantization_config"] = quantization_config(scale_fmt)
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _own_memory(name: str, tensor: Tensor) -> Tensor:
+    """The MTP copies share memory with embedding and head, which safetensors refuses."""
+    return tensor.clone() if name.endswith((".embed_tokens.weight", ".head.weight")) else tensor

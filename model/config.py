@@ -171,7 +171,12 @@ class DeepseekV3Config:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
         """Read `directory/config.json`. Raises ValueError when it is missing, broken or of another architecture."""
-        path = Path(directory) / "config.json"
+        return cls.from_json(Path(directory) / "config.json")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read a file in the form of `config.json`; errors as `from_pretrained`'s."""
+        path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} does not exist: give a Hugging Face model directory")
         try:

@@ -145,24 +145,34 @@ class SequenceLayout:
             return flat[0]
         return (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, self.restore)
 
-    def repeat_parents(self) -> tuple[Tensor, Self]:
-        """(token_index # [T'], layout without parents): each row written out, shared prompts once per child.
+    def repeat_parents(self, tail: int | None = None) -> tuple[Tensor, Self]:
+        """(token_index # [T'], layout): each child gets a copy of its parent's last `tail` tokens (None: all of them).
 
-        For computations in which a prompt's last tokens depend on what follows, as in multi-token prediction.
+        For computations in which a prompt's last tokens depend on what follows, as in multi-token prediction. What is
+        left of a parent stays shared.
         """
-        if bool((self.parent < 0).all()):
+        if tail == 0 or bool((self.parent < 0).all()):
             return torch.arange(len(self), device=self.restore.device), self
         cu, par = self.cu_seqlens.tolist(), self.parent.tolist()
-        parents, pieces, lengths = set(par), [], []
+        children: dict[int, list[int]] = {}
         for s, p in enumerate(par):
-            if s in parents:
-                continue  # a parent is only written out inside its children
-            prompt = np.arange(cu[p], cu[p + 1]) if p >= 0 else np.arange(0)
-            pieces += [prompt, np.arange(cu[s], cu[s + 1])]
-            lengths.append(len(prompt) + cu[s + 1] - cu[s])
+            children.setdefault(p, []).append(s)
+        pieces, lengths, parents = [], [], []
+        for root in children[-1]:
+            start, stop = cu[root], cu[root + 1]
+            split = stop if root not in children else start if tail is None else max(stop - tail, start)
+            parent = len(lengths) if split > start else -1
+            if split > start:
+                pieces.append(np.arange(start, split))
+                lengths.append(split - start)
+                parents.append(-1)
+            for s in children.get(root, []):
+                pieces += [np.arange(split, stop), np.arange(cu[s], cu[s + 1])]
+                lengths.append(stop - split + cu[s + 1] - cu[s])
+                parents.append(parent)
         index = torch.from_numpy(np.concatenate(pieces)).to(self.restore.device)  # [T']
         cu_rows = np.concatenate(([0], np.cumsum(lengths)))
-        layout = type(self).from_segments(cu_rows, position_ids=self.position_ids[index].cpu())
+        layout = type(self).from_segments(cu_rows, parents, self.position_ids[index].cpu())
         return index, layout.to(self.restore.device)
 
 

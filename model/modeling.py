@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.block import DeepseekV3DecoderLayer, MTPLayer
-from model.checkpoint import load_weights, save_model
+from model.checkpoint import SHARD_BYTES, Checkpoint, save_model
 from model.config import DeepseekV3Config
 from model.layers import RMSNorm
 from model.layout import SequenceLayout
 from model.moe import Experts, Routing, TopkRouter
+from model.names import load_hf_state
 from model.rope import RotaryTables
 
 
@@ -146,14 +147,25 @@ class DeepseekV3ForCausalLM(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Self:
-        """Load a Hugging Face directory; dtype None keeps the one its config names. ValueError if it does not fit."""
-        config = DeepseekV3Config.from_pretrained(directory)
+        """Load a Hugging Face directory, BF16 or FP8 (dequantised); dtype None keeps the one its config names.
+
+        ValueError if it does not fit, before any weight is read. MTP layers that the config promises and the weights
+        lack (transformers drops them) are left out with a warning.
+        """
+        checkpoint = Checkpoint(directory)
         with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype or getattr(torch, config.dtype)).to_empty(device=device)
-        load_weights(model, directory)
+            model = cls(checkpoint.config)
+        checkpoint.check(model)
+        model = model.to(dtype or getattr(torch, checkpoint.config.dtype)).to_empty(device=device)
+        load_hf_state(model, checkpoint.read())
         return model
 
-    def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Write config.json and safetensors under the published per-expert names (no tokenizer)."""
-        save_model(self, directory, max_shard_bytes)
+    def save_pretrained(
+        self, directory: str | Path, max_shard_bytes: int = SHARD_BYTES, scale_fmt: str | None = None
+    ) -> None:
+        """Write config.json and safetensors under the published per-expert names (no tokenizer).
+
+        scale_fmt None keeps the model's dtype; "float" or "ue8m0" gives the released FP8 form, with FP32 scales or
+        powers of two, and all other weights BF16.
+        """
+        save_model(self, directory, max_shard_bytes, scale_fmt)

@@ -67,14 +67,23 @@ class TopkRouter(nn.Module):
             if routed_experts is not None:
                 replay = routed_experts.to(experts)
                 experts = torch.where((replay < 0).any(-1, keepdim=True), experts, replay)
-            # Integer counts: exact and without the host synchronisation of bincount.
-            flat = experts.flatten()
-            counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
-            counts.scatter_add_(0, flat, torch.ones_like(flat))
+            counts = expert_counts(experts[:, None], self.num_experts)[0]
         weights = scores.gather(1, experts)  # [T, K], unbiased scores
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scaling, scores, counts)
+
+
+def expert_counts(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """Tokens per layer and expert # [L, E] int64, from experts # [T, L, K] and mask # [T] bool (None: all count).
+
+    Integers: exact, whatever the order, and without the host synchronisation of bincount.
+    """
+    layers = experts.shape[1]
+    index = experts + num_experts * torch.arange(layers, device=experts.device)[:, None]  # [T, L, K]
+    counted = torch.ones_like(index) if mask is None else mask[:, None, None].to(index.dtype).expand_as(index)
+    counts = index.new_zeros(layers * num_experts).scatter_add_(0, index.flatten(), counted.flatten())
+    return counts.view(layers, num_experts)
 
 
 class Experts(nn.Module):
@@ -157,7 +166,7 @@ def sequence_balance_loss(scores: Tensor, segment_ids: Tensor, num_segments: int
 def balanced_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     """The auxiliary-loss-free update b + rate * sign(mean(c) - c) (arXiv 2408.15664); bias, counts # [E] -> # [E].
 
-    counts must cover the whole global batch without padding. Frozen (rate 0) in reinforcement learning.
+    counts must cover the whole global batch, without padding, and each token once.
     """
     counts = counts.float()
     return bias + rate * torch.sign(counts.mean() - counts)

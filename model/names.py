@@ -16,6 +16,9 @@ from model.config import DeepseekV3Config
 
 MTP_COPIES = {"model.embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"}
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+# What released FP8 checkpoints quantise: MLA projections, all gated MLPs; not embedding, head, norms, router, eh_proj.
+FP8_WEIGHT = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+SCALE_SUFFIX = "_scale_inv"  # X.weight_scale_inv beside X.weight
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 
@@ -68,6 +71,11 @@ def from_hf(hf_name: str, config: DeepseekV3Config) -> tuple[str, int | None, st
         return name, None, None
     stacked = "down_proj" if expert[3] == "down_proj" else "gate_up_proj"
     return f"{expert[1]}.{stacked}", int(expert[2]), expert[3]
+
+
+def stored_in_fp8(hf_name: str) -> bool:
+    """Whether a published FP8 checkpoint stores this weight as codes and scales."""
+    return FP8_WEIGHT.fullmatch(hf_name) is not None
 
 
 def hf_state(model: HFModel) -> Iterator[tuple[str, Tensor]]:

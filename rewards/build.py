@@ -54,6 +54,15 @@ class Rewards:
         """Reward name -> weight."""
         return {name: part.weight for name, part in self.parts.items()}
 
+    def highest(self) -> float:
+        """No total is above this; infinite where a reward that counts does not know its bounds."""
+        tops = [
+            max(part.weight * bound for bound in part.rule.bounds) if part.rule.bounds else math.inf
+            for part in self.parts.values()
+            if part.weight
+        ]
+        return sum(max(0.0, top) for top in tops)  # 0: what does not apply, or has a shut gate, adds nothing
+
     def needs(self) -> set[str]:
         """Every data field that some reward cannot do without."""
         return {name for part in self.parts.values() for name in part.rule.needs}

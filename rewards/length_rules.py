@@ -29,7 +29,7 @@ def length(*, max: int | None = None, target: int | None = None) -> Rule:
         ratio = abs(tokens - target) / target if target is not None else tokens / max  # type: ignore[operator]
         return -min(1.0, ratio)
 
-    return Rule(each(score))
+    return Rule(each(score), bounds=(-1.0, 0.0))
 
 
 def soft_overlong(*, max_completion_length: int, cache: int) -> Rule:
@@ -51,4 +51,4 @@ def soft_overlong(*, max_completion_length: int, cache: int) -> Rule:
         over = len(sample.completion_ids) - (max_completion_length - cache)
         return -min(1.0, over / cache) if over > 0 else 0.0
 
-    return Rule(each(score))
+    return Rule(each(score), bounds=(-1.0, 0.0))

@@ -117,7 +117,7 @@ def math_answer(*, pool: WorkerPool, timeout: float = 3.0, require_box: bool = F
         assert all(verdict is not None for verdict in scores)
         return scores  # type: ignore[return-value]
 
-    return Rule(score, frozenset({"answer"}))
+    return Rule(score, frozenset({"answer"}), (0.0, 1.0))
 
 
 def _verdict(answer: Answer, gold_check: Answer | None, gold: str) -> Score:

@@ -17,11 +17,13 @@ Verdict = Score | float | None  # what a rule may say about one sample; None: it
 class Rule:
     """A built reward. `score` returns one Score per input, in order, and raises nothing because of a completion.
 
-    `needs` names the data fields without which it cannot score; they are checked before a run.
+    `needs` names the data fields without which it cannot score; they are checked before a run. `bounds`: the lowest
+    and highest value it gives; None where nobody knows.
     """
 
     score: Callable[[Sequence[RewardInput]], list[Score]]
     needs: frozenset[str] = frozenset()
+    bounds: tuple[float, float] | None = None
 
 
 def failure(status: Status, reason: str, queue_s: float = 0.0, run_s: float = 0.0) -> Score:

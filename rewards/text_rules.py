@@ -47,7 +47,7 @@ def exact_match(*, tag: str | None = None, pattern: str | None = None) -> Rule:
         gold = str(sample.fields["answer"]).strip()
         return float(found is not None and gold != "" and found.strip() == gold)
 
-    return Rule(each(score), frozenset({"answer"}))
+    return Rule(each(score), frozenset({"answer"}), (0.0, 1.0))
 
 
 def format_tags(*, tags: Sequence[str] = ("think", "answer"), prefix: str = "") -> Rule:
@@ -75,4 +75,4 @@ def format_tags(*, tags: Sequence[str] = ("think", "answer"), prefix: str = "") 
         empty_outside = not any(piece.strip() for piece in pieces[0::2])
         return float(in_order and empty_outside and all(piece.strip() for piece in pieces[1::2]))
 
-    return Rule(each(score), frozenset())
+    return Rule(each(score), bounds=(0.0, 1.0))

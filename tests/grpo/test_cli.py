@@ -177,7 +177,7 @@ def test_model_init_eval_and_report(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sft", "pretrain", "eval", "report", "submit", "model init", "rewards list"]
+    "command", ["train", "sft", "pretrain", "distill", "eval", "report", "submit", "model init", "rewards list"]
 )
 def test_every_command_has_help_with_an_example(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capfd, *command.split(), "--help")

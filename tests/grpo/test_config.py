@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo.config import Config, ConfigError, Section, StageConfig, digest, load_config
+from grpo.config import Config, ConfigError, LoraConfig, Section, StageConfig, digest, load_config
 
 
 def sections() -> list[type[Section]]:
-    return [Config, StageConfig, *(type(value) for value in dict(Config()).values() if isinstance(value, Section))]
+    given = [type(value) for value in dict(Config()).values() if isinstance(value, Section)]
+    return [Config, LoraConfig, StageConfig, *given]
 
 
 def message(source: Any, *overrides: str) -> str:

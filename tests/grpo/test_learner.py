@@ -1,4 +1,4 @@
-"""The learner: gradients whatever the cut, old log-probabilities, schedule, resume, master weights, router biases."""
+"""The learner: gradients whatever the cut, old log-probabilities, schedule, resume, master weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from grpo.packing import pack
 from grpo.policy import LossFn, Stats
 from grpo.records import PackedBatch, TrainingSample
 from model.create import create_model
-from model.moe import TopkRouter
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_v3.yaml"
 TEMPERATURE = 0.7
@@ -58,11 +57,11 @@ def make_groups(loss_type: str = "dapo", active: bool = True) -> Groups:
     return groups
 
 
-def cuts(groups: Groups, keep_last: bool = False) -> list[list[PackedBatch]]:
+def cuts(groups: Groups) -> list[list[PackedBatch]]:
     """The groups as 1, 2 and 4 micro-batches, and as 8 that split groups."""
-    one, two = pack(groups, 1000, keep_last), pack(groups[:2], 1000, keep_last) + pack(groups[2:], 1000, keep_last)
-    four = [batch for group in groups for batch in pack([group], 1000, keep_last)]
-    split = [batch for group in groups for batch in pack([group], 15, keep_last)]
+    one, two = pack(groups, 1000), pack(groups[:2], 1000) + pack(groups[2:], 1000)
+    four = [batch for group in groups for batch in pack([group], 1000)]
+    split = [batch for group in groups for batch in pack([group], 15)]
     assert [len(x) for x in (one, two, four)] == [1, 2, 4]
     assert len(split) > 5
     return [one, two, four, split]
@@ -131,13 +130,13 @@ def test_supervised_gradient_with_mtp_and_balance_loss_is_the_same_however_cut(t
     groups = [[dataclasses.replace(s, weight=1 / 50)] for group in make_groups() for s in group]
     learner = Learner(tiny, StageConfig(mtp_loss_weight=0.3, router_aux_loss_coef=0.1, router_bias_update_rate=0.0))
     parts = [[groups], [groups[:4], groups[4:]], [groups[:1], groups[1:5], groups[5:8], groups[8:]]]
-    results = [gradient(learner, [b for p in part for b in pack(p, 1000, True)], nll_loss) for part in parts]
+    results = [gradient(learner, [b for p in part for b in pack(p, 1000)], nll_loss) for part in parts]
     for loss, grad in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         assert_close(grad, results[0][1])
     # both terms are there: without them loss and gradient are others
     plain = Learner(tiny, StageConfig(mtp_loss_weight=0.0))
-    loss, grad = gradient(plain, pack(groups, 1000, True), nll_loss)
+    loss, grad = gradient(plain, pack(groups, 1000), nll_loss)
     assert results[0][0] > loss + 0.3
     assert (grad - results[0][1]).abs().max() > 1e-3
 
@@ -214,6 +213,24 @@ def test_old_logprobs_are_from_before_the_first_update(tiny: Path, monkeypatch: 
     assert stats.metrics["clip_ratio/region_mean"] > 0
 
 
+def test_the_first_update_takes_no_old_logprobs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(tiny, GRPOConfig(minibatches_per_step=2), temperature=TEMPERATURE)
+    groups = make_groups()
+    second = pack(groups[2:], 1000)
+    want = [learner.logprobs(batch) for batch in second]
+    original, passes = learner.logprobs, []
+    monkeypatch.setattr(learner, "logprobs", lambda *given: (passes.append(given), original(*given))[1])
+    old: list[torch.Tensor | None] = []
+
+    def spy(logprobs: torch.Tensor, batch: PackedBatch, options: LossOptions) -> tuple[torch.Tensor, Stats]:
+        old.append(batch.old_logprobs)
+        return policy_loss(logprobs, batch, options)
+
+    monkeypatch.setattr(learner_module, "policy_loss", spy)
+    learner.step([pack(groups[:2], 1000), second])
+    assert len(passes) == 1 and old[0] is None and old[1] is not None and torch.equal(old[1], want[0])
+
+
 def test_a_single_update_takes_no_old_logprobs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = Learner(tiny, GRPOConfig(), temperature=TEMPERATURE)
     monkeypatch.setattr(learner, "logprobs", lambda *_: pytest.fail("a pass was spent on old log-probabilities"))
@@ -264,7 +281,13 @@ def everything(learner: Learner) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str) -> None:
     config = GRPOConfig(
-        learning_rate=1e-3, warmup_steps=5, weight_decay=0.1, router_bias_update_rate=0.01, num_iterations=2
+        learning_rate=1e-3,
+        warmup_steps=5,
+        weight_decay=0.1,
+        num_iterations=2,
+        router_policy="update",
+        router_bias_update_rate=0.01,
+        mtp_loss_weight=0.1,
     )
     learner = Learner(tiny, config, dtype=dtype, temperature=TEMPERATURE)
     steps = [[batches] for batches in cuts(make_groups())[:3]]
@@ -319,31 +342,8 @@ def test_kl_to_the_reference(tiny: Path) -> None:
     assert want > 1e-3
 
 
-def biases(learner: Learner) -> list[torch.Tensor]:
-    return [b.clone() for n, b in learner.policy.model.model.named_buffers() if n.endswith("e_score_correction_bias")]
-
-
-def test_router_biases(tiny: Path) -> None:
-    (batch,) = pack(make_groups(), 1000)
-    frozen = Learner(tiny, GRPOConfig(learning_rate=1e-3), temperature=TEMPERATURE)
-    frozen.step([[batch]])
-    assert [b.tolist() for b in biases(frozen)] == [[0.0] * 8] * 2
-
-    moving = Learner(tiny, GRPOConfig(router_bias_update_rate=0.01), temperature=TEMPERATURE)
-    counts: list[torch.Tensor] = []
-    for gate in [m for m in moving.policy.model.model.modules() if isinstance(m, TopkRouter)]:
-        gate.register_forward_hook(lambda _module, _args, routing: counts.append(routing.counts))
-    moving.step([cuts(make_groups())[1]])
-    for layer, bias in enumerate(biases(moving)):
-        total = counts[layer] + counts[layer + 2]  # of both micro-batches
-        assert total.sum() == 2 * len(batch.input_ids)
-        want = 0.01 * torch.sign(total.float().mean() - total)
-        torch.testing.assert_close(bias, want)
-        assert bias.any()
-
-
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny: Path) -> None:
-    learner = Learner(tiny, GRPOConfig(learning_rate=1e-3))
+    learner = Learner(tiny, GRPOConfig(learning_rate=1e-3, router_policy="update"))
     before = everything(learner)
 
     def broken(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:

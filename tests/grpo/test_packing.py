@@ -115,7 +115,6 @@ def test_packed_equals_padded(model: DeepseekV3ForCausalLM) -> None:
     assert int((alone[0].parent >= 0).sum()) == 0
     assert len(alone[0].input_ids) > len(shared[0].input_ids)
     assert_same(packed(model, alone), want)
-    assert_same(packed(model, pack(groups, 1000, keep_last=True)), want)
     several = pack(groups, 22)
     assert len(several) == 4
     assert_same(packed(model, several), want)
@@ -141,10 +140,6 @@ def test_layout_of_a_pack() -> None:
     assert batch.rollout_logprobs.tolist() == [-1.0, -2.0, 0.0, 0.0, 0.0]
     assert batch.log_support.tolist() == pytest.approx([-0.1, -0.2, 0.0, 0.0, 0.0])
     assert batch.routed_experts is None
-
-    (batch,) = pack([group], 100, keep_last=True)
-    assert batch.input_ids.tolist() == [10, 11, 12, 20, 21, 12, 30]
-    assert batch.source.tolist() == [2, 3, 5]
 
 
 def test_one_token_prompt_is_not_shared() -> None:
@@ -176,11 +171,10 @@ def test_recorded_routing_follows_its_tokens() -> None:
     assert row == len(batch.input_ids)
 
 
-@pytest.mark.parametrize("keep_last", [False, True])
-def test_max_tokens_and_order(keep_last: bool) -> None:
+def test_max_tokens_and_order() -> None:
     groups = make_groups([(5, (4, 6, 3)), (3, (2,)), (8, (30, 1)), (2, (9, 9, 9, 9)), (4, (1, 1))])
     for limit in range(1, 60):
-        batches = pack(groups, limit, keep_last)
+        batches = pack(groups, limit)
         targets = [t for batch in batches for t in batch.target.tolist()]
         assert targets == [t for group in groups for s in group for t in s.completion_ids]
         for batch in batches:

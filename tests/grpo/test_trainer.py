@@ -176,6 +176,13 @@ def test_an_engine_that_dies_in_a_refill_is_replaced(reference: Path, monkeypatc
     assert rows(reference / "refill-killed") == rows(reference / "refill")
 
 
+@pytest.fixture(scope="module")
+def twenty_steps(reference: Path) -> Path:
+    """A run in one process, long enough for a difference in the last bit to grow."""
+    GRPOTrainer(settings(reference, "twenty", "inline", max_steps=20)).train()
+    return reference / "twenty"
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -186,7 +193,7 @@ def test_an_engine_that_dies_in_a_refill_is_replaced(reference: Path, monkeypatc
     ],
 )
 def test_the_run_goes_through_ray(
-    reference: Path, monkeypatch: pytest.MonkeyPatch, placement: str, expected: dict[str, int]
+    twenty_steps: Path, monkeypatch: pytest.MonkeyPatch, placement: str, expected: dict[str, int]
 ) -> None:
     """Ray's own state API sees the actors of the run, and the numbers are those of one process."""
     from ray.util.state import list_actors
@@ -194,17 +201,18 @@ def test_the_run_goes_through_ray(
     seen: list[dict[str, int]] = []
     learn = Cluster.learn
 
-    def look(self: Cluster, batches: Any) -> Any:
+    def look(self: Cluster, *batches: Any) -> Any:
         if not seen:
             seen.append(dict(Counter(actor.class_name for actor in list_actors() if actor.state == "ALIVE")))
-        return learn(self, batches)
+        return learn(self, *batches)
 
     monkeypatch.setattr(Cluster, "learn", look)
-    content = settings(reference, placement, "ray")
+    content = settings(twenty_steps.parent, placement, "ray", max_steps=20)
     content["run"]["placement"] = placement
     GRPOTrainer(content).train()
     assert seen == [expected]
-    assert rows(reference / placement) == rows(reference / "inline")
+    assert len(rows(twenty_steps)) == 21
+    assert rows(twenty_steps.parent / placement) == rows(twenty_steps)
 
 
 def test_trainer_takes_a_config_object(tmp_path: Path) -> None:

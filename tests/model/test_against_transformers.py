@@ -1,5 +1,6 @@
 """Our model against transformers' DeepseekV3ForCausalLM: numbers, gradients and directories."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers import DeepseekV3ForCausalLM as TransformersModel
 
-from model import DeepseekV3Config, DeepseekV3ForCausalLM
+from model import DeepseekV3ForCausalLM, SequenceLayout
 
 CASES = {
     "v3": {},
@@ -31,14 +32,29 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def chosen_experts(model: TransformersModel, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers' routers choose for ids # [B, T], sorted # [B T, L_moe, K]."""
+    chosen: list[torch.Tensor] = []
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [gate.register_forward_hook(lambda module, args, out: chosen.append(out[2])) for gate in gates]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen, 1).sort(-1).values
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients(case: str, make_model: MakeModel, tmp_path: Path) -> None:
+def test_logits_routing_and_gradients(case: str, make_model: MakeModel, tmp_path: Path) -> None:
     ours = make_model(**CASES[case])
+    assert (ours.model.layers[1].mlp.gate.e_score_correction_bias < 0).any()
     ours.save_pretrained(tmp_path)
     theirs = TransformersModel.from_pretrained(tmp_path, attn_implementation="eager", experts_implementation="eager")
     ids = torch.randint(0, 40, (3, 90))
     theirs_logits, ours_logits = theirs(ids).logits, ours(ids).logits
-    assert relative(ours_logits, theirs_logits) < 1e-5
+    assert (ours_logits - theirs_logits).abs().max() <= 1e-5 * theirs_logits.abs().max()
+    packed = ours.forward_packed(ids.flatten(), SequenceLayout.from_batch(*ids.shape), output_routing=True)
+    assert packed.routed_experts is not None
+    assert torch.equal(packed.routed_experts.sort(-1).values, chosen_experts(theirs, ids))
 
     probe = torch.randn_like(ours_logits)
     (ours_logits * probe).sum().backward()
@@ -50,22 +66,33 @@ def test_logits_and_gradients(case: str, make_model: MakeModel, tmp_path: Path) 
         assert relative(grad, theirs_grads[name]) < 1e-4, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_directory_round_trips(dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> None:
-    ours = make_model(num_nextn_predict_layers=0).to(dtype)
-    ours.save_pretrained(tmp_path / "ours")
-    theirs = TransformersModel.from_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    a, b = load_file(tmp_path / "ours/model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+def contents(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Every tensor on disk, to the byte."""
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
 
-    back = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "theirs")
-    assert back.config == DeepseekV3Config.from_pretrained(tmp_path / "ours")
-    for name, tensor in ours.state_dict().items():
-        other = back.state_dict()[name]
-        assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
+
+@pytest.mark.parametrize(("case", "dtype"), [*((case, "float32") for case in CASES), ("v3", "bfloat16")])
+def test_directories_both_ways(case: str, dtype: str, make_model: MakeModel, tmp_path: Path) -> None:
+    ours = make_model(**CASES[case], num_nextn_predict_layers=1).to(getattr(torch, dtype))
+    ours.save_pretrained(tmp_path / "ours")
+    TransformersModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    with pytest.warns(
+        UserWarning, match="the weights hold no MTP layer"
+    ):  # transformers drops it and still promises it
+        back = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "theirs")
+    back.save_pretrained(tmp_path / "back")
+
+    written = contents(tmp_path / "ours")
+    mtp = {name for name in written if name.startswith("model.layers.3.")}
+    assert len(mtp) == sum(name.startswith("model.layers.2.") for name in written) + 6
+    assert contents(tmp_path / "theirs") == {name: written[name] for name in written.keys() - mtp}
+    assert contents(tmp_path / "back") == contents(tmp_path / "theirs")
+    assert back.config == dataclasses.replace(ours.config, num_nextn_predict_layers=0, dtype=dtype)
+    again = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "ours")  # with the MTP layer
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
 
 
 @pytest.mark.parametrize("case", ["v3", "no_yarn"])

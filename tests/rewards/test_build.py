@@ -1,5 +1,7 @@
 """The mapping, weights, gates, statuses of totals, the data check and the circuit breaker."""
 
+import math
+
 import pytest
 
 from rewards import RewardFailure, RewardInput, Score, Status, build_rewards, error_share, raise_if_failing
@@ -32,6 +34,25 @@ def test_weights_parts_and_info():
     assert scores[1].info["exact_match"]["status"] == "ok"
     assert rewards.weights == {"exact_match": 1.0, "format_tags": 0.2}
     assert rewards.score([]) == []
+
+
+@pytest.mark.parametrize(
+    ("mapping", "highest"),
+    [
+        ({"exact_match": 1.0, "format_tags": {"weight": 0.1, "tags": ["answer"]}}, 1.1),
+        ({"exact_match": 0.5, "length": {"weight": 2.0, "max": 4}}, 0.5),
+        ({"exact_match": 0.5, "length": {"weight": -2.0, "max": 4}}, 2.5),  # longer is better
+        ({"math_answer": 1.0, "soft_overlong": {"weight": 1.0, "max_completion_length": 8, "cache": 2}}, 1.0),
+        ({"exact_match": 1.0, "mine": {}}, math.inf),  # a user's function may give anything
+        ({"exact_match": 1.0, "mine": {"weight": 0}}, 1.0),  # only watched
+    ],
+)
+def test_the_highest_total(mapping, highest, tmp_path):
+    (tmp_path / "mine.py").write_text("def fn(completion, prompt):\n    return 7.0\n")
+    if "mine" in mapping:
+        mapping = mapping | {"mine": mapping["mine"] | {"function": f"{tmp_path / 'mine.py'}:fn"}}
+    with build_rewards(mapping) as rewards:
+        assert rewards.highest() == pytest.approx(highest)
 
 
 def test_what_does_not_apply_is_left_out():
