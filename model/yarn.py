@@ -1,6 +1,7 @@
 """Context extension: the edit of a model's config that takes it to a longer context with YaRN."""
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -42,7 +43,8 @@ def extend_context(config: DeepseekV3Config, factor: float, original_length: int
 def copy_with_config(source: str | Path, target: str | Path, config: DeepseekV3Config) -> None:
     """Writes `target`: the weights of the model directory `source` under another config.json, without a tokenizer.
 
-    Weights are hard links where the file system has them, so they take no space twice.
+    Keys of the source's config.json that are not ours (quantization_config) stay. Weights are hard links where the file
+    system has them, so they take no space twice.
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
@@ -51,4 +53,5 @@ def copy_with_config(source: str | Path, target: str | Path, config: DeepseekV3C
             os.link(path.resolve(), target / path.name)
         except OSError:  # another file system, or one without links
             shutil.copy2(path, target / path.name)
-    config.save_pretrained(target)
+    kept = json.loads((Path(source) / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(kept | config.to_dict(), indent=2) + "\n")

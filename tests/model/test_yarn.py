@@ -1,5 +1,6 @@
 """Context extension: the edited config is what transformers reads, weights stay, and only lengths that grow pass."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,11 +30,14 @@ def test_the_released_model_is_an_extension_by_40(make_config: MakeConfig) -> No
 def test_transformers_reads_the_extended_directory(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model(**SHORT)
     model.save_pretrained(tmp_path / "short")
+    path = tmp_path / "short" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_another_tool": 7}))
     copy_with_config(tmp_path / "short", tmp_path / "long", extend_context(model.config, 4))
     assert DeepseekV3Config.from_pretrained(tmp_path / "short") == model.config  # the source is as it was
     assert all(
         (tmp_path / "long" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "short").glob("*.safetensors")
     )
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["of_another_tool"] == 7
     read = AutoConfig.from_pretrained(tmp_path / "long")
     assert read.max_position_embeddings == 256
     expected = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32}
