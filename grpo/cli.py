@@ -80,20 +80,23 @@ def sft(ctx: typer.Context, config: ConfigPath) -> None:
 def pretrain(ctx: typer.Context, config: ConfigPath) -> None:
     """Next-token training on packed text (data.text_column); writes a model to run.output_dir.
 
+    With an `extend` section it takes the model to a longer context, and says how it retrieves before and after.
+
     Example: grpo pretrain configs/pretrain.yaml --data.path=corpus.jsonl --pretrain.max_steps=2000
     """
     _stage(ctx, config, "run_pretrain")
 
 
 def _stage(ctx: typer.Context, path: str, name: str) -> None:
-    from grpo import stages
+    from grpo import extend, stages
     from grpo.config import load_config
     from grpo.prepare import fresh_run_dir, model_directory
 
     config = load_config(path, ctx.args)
+    run = extend.run_extend if name == "run_pretrain" and config.extend else getattr(stages, name)
     model_dir = model_directory(config)
     out = fresh_run_dir(config)
-    getattr(stages, name)(config, model_dir, out)
+    run(config, model_dir, out)
     print(f"model: {out}")
 
 

@@ -106,7 +106,7 @@ class DataConfig(Section):
     path: str = ""
     """JSONL or Parquet file, or a directory saved by HF datasets."""
     task: str = ""
-    """Instead of `path`: name of a reasoning-gym task, generated on the spot."""
+    """Instead of `path`: name of a reasoning-gym task, generated on the spot, or `needle` (grpo/needle.py)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the task generator."""
     size: int = Field(default=4000, ge=1)
@@ -253,6 +253,19 @@ class DistillConfig(Section):
         return self
 
 
+class ExtendConfig(Section):
+    """Context extension by YaRN (`grpo pretrain`), with needle-retrieval checks before and after."""
+
+    factor: float = Field(default=4.0, gt=1)
+    """Of the context: YaRN's s, the same in every phase."""
+    original_length: int = Field(default=0, ge=0)
+    """Tokens of the context that the model was trained with. 0: max_position_embeddings, or what its YaRN names."""
+    phases: list[StageConfig] = Field(min_length=1)
+    """Training stages, one after the other, as a rule at growing block_size."""
+    check_size: int = Field(default=200, ge=1)
+    """Needle prompts of a check, at either length."""
+
+
 class GRPOConfig(Section):
     """The algorithm and its optimiser. Names are TRL's where TRL has one. A step is one rollout-and-update cycle."""
 
@@ -371,6 +384,9 @@ class Config(Section):
     """`grpo pretrain`."""
     distill: DistillConfig | None = None
     """`grpo distill`."""
+    extend: ExtendConfig | None = None
+    """`grpo pretrain` extends the context: of model.path, or of model.init after the `pretrain` section (kept under
+    runs/.cache). null: it runs the `pretrain` section alone."""
 
     @field_validator("rewards")
     @classmethod

@@ -50,7 +50,8 @@ def one_line(err: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         model: Any = root
         for part in first["loc"][:-1]:
-            model = _section_of(model.model_fields[str(part)].annotation)
+            if not isinstance(part, int):  # a place in a list of sections
+                model = _section_of(model.model_fields[part].annotation)
         unknown = str(first["loc"][-1])
         near = difflib.get_close_matches(unknown, list(model.model_fields), n=1, cutoff=0.0)
         return f"unknown key {key!r}; did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])!r}?"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import DataConfig
+from .needle import needle_rows
 
 # reasoning-gym seeds item i with seed + i, so nearby seeds overlap: there is one seed, and a split by hash.
 TASK_SEED = 20250120
@@ -167,6 +168,8 @@ def _read_saved_dataset(path: Path, key: str) -> Iterator[tuple[int, dict[str, A
 
 def _task_rows(config: DataConfig) -> list[Row]:
     """The first `size` problems of the task with different questions."""
+    if config.task == "needle":
+        return _needle_rows(config)
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -202,6 +205,18 @@ def _task_rows(config: DataConfig) -> list[Row]:
             columns[config.answer_column] = item["answer"]
         rows.append(Row(f"{config.task}:{number}", columns, f"{config.task}:{number}"))
     return rows
+
+
+def _needle_rows(config: DataConfig) -> list[Row]:
+    try:
+        rows = needle_rows(config.size, TASK_SEED, config.task_options)
+    except ValueError as err:
+        raise ValueError(f"data.task_options {config.task_options!r} do not suit task 'needle': {err}") from err
+    names = {"text": config.text_column, "prompt": config.prompt_column, "answer": config.answer_column}
+    return [
+        Row(f"needle:{number}", {names.get(key, key): value for key, value in row.items()}, f"needle:{number}")
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 # ---- the held-out split ----

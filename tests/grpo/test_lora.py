@@ -137,7 +137,12 @@ def test_engines_get_plain_weights_that_compute_the_learners_numbers(tiny: Path,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str) -> None:
     config = GRPOConfig(
-        learning_rate=1e-2, warmup_steps=5, weight_decay=0.1, router_policy="update", router_bias_update_rate=0.01, beta=0.1
+        learning_rate=1e-2,
+        warmup_steps=5,
+        weight_decay=0.1,
+        router_policy="update",
+        router_bias_update_rate=0.01,
+        beta=0.1,
     )
     learner = Learner(tiny, config, dtype=dtype, lora=LORA)
     learner.step(batches(0))
