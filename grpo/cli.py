@@ -179,7 +179,7 @@ def model_convert(
     to: Annotated[WeightForm, typer.Option(help="Form of the weights in it.")],
     ue8m0: Annotated[bool, typer.Option("--ue8m0", help="FP8 scales that are powers of two.")] = False,
 ) -> None:
-    """Convert a model directory between BF16 and DeepSeek's released FP8 form, in memory for one shard.
+    """Convert a model directory between BF16 and DeepSeek's released FP8 form, one tensor at a time.
 
     Example: grpo model convert DeepSeek-V3 --out DeepSeek-V3-BF16 --to bf16
     """

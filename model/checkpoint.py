@@ -2,12 +2,11 @@
 
 FP8 form: `X.weight` holds E4M3 codes and `X.weight_scale_inv` the FP32 factor of each 128x128 block, perhaps in another
 shard; the matrices that names.stored_in_fp8 tells, everything else BF16. Reading gives plain weights again, so nobody
-else knows about it. Memory: the target and one shard, never a second copy of the model.
+else knows about it. Memory: the target, and one tensor at a time.
 """
 
 import dataclasses
 import json
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from model.config import DeepseekV3Config
 from model.fp8 import BLOCK, dequantize_blocks, quantize_blocks, scale_shape
 from model.names import LAYER, SCALE_SUFFIX, HFModel, from_hf, hf_state, load_hf_state, stored_in_fp8
-from model.shards import INDEX, StoredTensor, find_tensors, write_shards
+from model.shards import INDEX, StoredTensor, TensorSpec, find_tensors, write_shards
 
 SCALE_FORMATS = ("float", "ue8m0")  # transformers' names: any FP32 factor, or powers of two (also stored as FP32)
 SHARD_BYTES = 5_000_000_000
@@ -160,15 +159,16 @@ def released_form(weights: Iterable[tuple[str, Tensor]], scale_fmt: str | None) 
             yield name + SCALE_SUFFIX, scale_inv
 
 
-def released_sizes(shapes: Iterable[tuple[str, Sequence[int]]], scale_fmt: str | None) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of all that `released_form` gives for weights of these names and shapes, in its order."""
+def released_layout(shapes: Iterable[tuple[str, Sequence[int]]], scale_fmt: str | None) -> Iterator[TensorSpec]:
+    """What `released_form` gives for weights of these names and shapes, in its order."""
     for name, shape in shapes:
-        size = math.prod(shape)
-        if scale_fmt is None or not stored_in_fp8(name):
-            yield name, size * (4 if name.endswith(".e_score_correction_bias") else 2)
+        if name.endswith(".e_score_correction_bias"):
+            yield TensorSpec(name, torch.float32, tuple(shape))
+        elif scale_fmt is None or not stored_in_fp8(name):
+            yield TensorSpec(name, torch.bfloat16, tuple(shape))
         else:
-            yield name, size
-            yield name + SCALE_SUFFIX, 4 * math.prod(scale_shape(shape))
+            yield TensorSpec(name, torch.float8_e4m3fn, tuple(shape))
+            yield TensorSpec(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))
 
 
 def quantization_config(scale_fmt: str) -> dict[str, Any]:
@@ -190,19 +190,14 @@ def save_model(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
 
-    weights = ((name, _own_memory(name, tensor)) for name, tensor in hf_state(model))
     if scale_fmt:
-        sizes = released_sizes(((name, tensor.shape) for name, tensor in hf_state(model)), scale_fmt)
-        write_shards(directory, sizes, released_form(weights, scale_fmt), max_shard_bytes)
+        layout = released_layout(((name, tensor.shape) for name, tensor in hf_state(model)), scale_fmt)
+        write_shards(directory, layout, released_form(hf_state(model), scale_fmt), max_shard_bytes)
     else:
-        write_shards(directory, ((name, tensor.nbytes) for name, tensor in hf_state(model)), weights, max_shard_bytes)
+        layout = (TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in hf_state(model))
+        write_shards(directory, layout, hf_state(model), max_shard_bytes)
     dtype = "bfloat16" if scale_fmt else str(model.state_dict()["lm_head.weight"].dtype).removeprefix("torch.")
     values = dataclasses.replace(model.config, dtype=dtype).to_dict()
     if scale_fmt:
         values["quantization_config"] = quantization_config(scale_fmt)
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _own_memory(name: str, tensor: Tensor) -> Tensor:
-    """The MTP copies share memory with embedding and head, which safetensors refuses."""
-    return tensor.clone() if name.endswith((".embed_tokens.weight", ".head.weight")) else tensor

@@ -1,4 +1,4 @@
-"""A model directory from one form of weights to another, BF16 or FP8, as a stream: memory for one shard."""
+"""A model directory from one form of weights to another, BF16 or FP8, as a stream: memory for one tensor."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import SCALE_FORMATS, SHARD_BYTES, Checkpoint, quantization_config, released_form, released_sizes
+from model.checkpoint import SCALE_FORMATS, SHARD_BYTES, Checkpoint, quantization_config, released_form, released_layout
 from model.modeling import DeepseekV3ForCausalLM
 from model.shards import write_shards
 
@@ -39,11 +39,11 @@ def convert_checkpoint(
     with torch.device("meta"):
         checkpoint.check(DeepseekV3ForCausalLM(checkpoint.config))
     shapes = ((name, stored.shape) for name, stored in checkpoint.weights.items())
-    sizes = list(released_sizes(shapes, scale_fmt))
+    layout = list(released_layout(shapes, scale_fmt))
     out.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out).free) < (needed := sum(size for _, size in sizes)):
+    if (free := shutil.disk_usage(out).free) < (needed := sum(spec.nbytes for spec in layout)):
         raise ValueError(f"--out {str(out)!r} has {free / 1e9:.1f} GB free: the weights need {needed / 1e9:.1f} GB")
-    write_shards(out, sizes, released_form(checkpoint.read(), scale_fmt), max_shard_bytes, written)
+    write_shards(out, layout, released_form(checkpoint.read(), scale_fmt), max_shard_bytes, written)
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES):
             shutil.copy2(path, out / path.name)

@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -15,6 +15,21 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -103,43 +118,58 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def write_shards(
     directory: Path,
-    sizes: Iterable[tuple[str, int]],
+    layout: Iterable[TensorSpec],
     tensors: Iterator[tuple[str, Tensor]],
     max_shard_bytes: int,
     written: Callable[[str, int, int], None] = lambda file, done, total: None,
 ) -> None:
     """Write tensors to safetensors files, with an index if there is more than one.
 
-    sizes: (name, bytes) of every tensor, in the order in which `tensors` gives them: what goes into which file is known
-    before the first is written, and one shard is in memory at a time. Files are written beside and then renamed, so a
-    crash leaves no torn one; shards of an earlier save are removed. written(file, bytes so far, bytes in all) is
-    called after each file.
+    layout: every tensor, in the order in which `tensors` gives them: what goes where is known before the first comes,
+    so only one is in memory at a time. Files are written beside and then renamed, so a crash leaves no torn one; shards
+    of an earlier save are removed. written(file, bytes so far, bytes in all) is called after each file.
     """
-    shards: list[dict[str, int]] = [{}]
+    shards: list[list[TensorSpec]] = [[]]
     filled = done = 0
-    for name, size in sizes:
-        if filled and filled + size > max_shard_bytes:
-            shards.append({})
+    for spec in layout:
+        if filled and filled + spec.nbytes > max_shard_bytes:
+            shards.append([])
             filled = 0
-        shards[-1][name] = size
-        filled += size
-    count, total = len(shards), sum(size for planned in shards for size in planned.values())
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    count, total = len(shards), sum(spec.nbytes for shard in shards for spec in shard)
     files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for file, planned in zip(files, shards):
-        shard = {}
-        for expected in planned.items():
-            name, tensor = next(tensors)
-            assert (name, tensor.nbytes) == expected, f"{name}, {tensor.nbytes} bytes, where {expected} was planned"
-            shard[name] = tensor
-        save_file(shard, directory / f"{file}.tmp", metadata={"format": "pt"})
+    for file, shard in zip(files, shards):
+        _write_file(directory / f"{file}.tmp", shard, tensors)
         (directory / f"{file}.tmp").rename(directory / file)
-        done += sum(planned.values())
+        done += sum(spec.nbytes for spec in shard)
         written(file, done, total)
     for old in directory.glob("model*.safetensors"):
         if old.name not in files:
             old.unlink()  # left by an earlier save with other shards; an index would not list it
     (directory / INDEX).unlink(missing_ok=True)
     if count > 1:
-        weight_map = {name: file for file, planned in zip(files, shards) for name in planned}
+        weight_map = {spec.name: file for file, shard in zip(files, shards) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """One safetensors file. safetensors' own writer wants all of its tensors in memory at once.
+
+    Wide dtypes come first, as in that writer, so that every tensor is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
+        offsets = [position, position := position + spec.nbytes]
+        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            name, tensor = next(tensors)
+            assert TensorSpec(name, tensor.dtype, tuple(tensor.shape)) == spec, f"{name} where {spec} was planned"
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

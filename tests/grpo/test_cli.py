@@ -176,8 +176,47 @@ def test_model_init_eval_and_report(tmp_path: Path, capfd: pytest.CaptureFixture
     assert code == 2 and "--k" in err
 
 
+def test_model_convert_and_info(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    paths = [str(tmp_path / name) for name in ("fp32", "fp8", "bf16", "no")]
+    assert run(capfd, "model", "init", str(ROOT / "configs" / "tiny_v3.yaml"), "--out", paths[0])[0] == 0
+    code, out, err = run(capfd, "model", "convert", paths[0], "--out", paths[1], "--to", "fp8", "--ue8m0")
+    assert (code, err) == (0, "") and out.strip() == f"{paths[1]}/model.safetensors: 1.074 MB of 1.074 MB"
+    assert run(capfd, "model", "convert", paths[1], "--out", paths[2], "--to", "bf16")[0] == 0
+    saved = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("fp32", "fp8", "bf16")]
+    assert saved[1].pop("quantization_config")["scale_fmt"] == "ue8m0"
+    assert saved[1] == saved[2] == saved[0] | {"dtype": "bfloat16"}
+    assert (tmp_path / "bf16" / "tokenizer.json").read_bytes() == (tmp_path / "fp32" / "tokenizer.json").read_bytes()
+    for argv, word in (
+        ((paths[0], "--out", paths[1], "--to", "bf16"), "is not empty"),
+        ((paths[0], "--out", paths[3], "--to", "bf16", "--ue8m0"), "--ue8m0"),
+        ((paths[3], "--out", paths[3], "--to", "bf16"), "config.json does not exist"),
+    ):
+        code, _, err = run(capfd, "model", "convert", *argv)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+    counts = json.loads(run(capfd, "model", "info", paths[2], "--json")[1])
+    assert counts["parameters"] + counts["mtp_parameters"] == 993_920 + 3 * 8  # and the router biases
+    (tmp_path / "alone.json").write_text(json.dumps(saved[1]))
+    code, out, err = run(capfd, "model", "info", str(tmp_path / "alone.json"))
+    assert (code, err) == (0, "") and "693.168 k" in out and "288 B" in out and "1 MTP layer" in out
+    assert run(capfd, "model", "info", paths[3])[0] == 2
+
+
 @pytest.mark.parametrize(
-    "command", ["train", "sft", "pretrain", "distill", "eval", "report", "submit", "model init", "rewards list"]
+    "command",
+    [
+        "train",
+        "sft",
+        "pretrain",
+        "distill",
+        "eval",
+        "report",
+        "submit",
+        "model init",
+        "model convert",
+        "model info",
+        "rewards list",
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capfd, *command.split(), "--help")

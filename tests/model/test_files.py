@@ -1,14 +1,17 @@
 """Configs, names, checkpoints and created models: what is written can be read, and errors are one clear line."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from model import DeepseekV3Config, DeepseekV3ForCausalLM
+from model.convert import convert_checkpoint
 from model.create import create_model, encode
 from model.names import HFLoader, from_hf, hf_state, load_hf_state
 
@@ -112,6 +115,32 @@ def test_sharded_save_and_mtp(make_model: MakeModel, tmp_path: Path) -> None:
     (tmp_path / files[0]).unlink()
     with pytest.raises(ValueError, match=f"{files[0]} does not exist"):
         DeepseekV3ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_config_and_weights_in_published_style(make_model: MakeModel, tmp_path: Path) -> None:
+    """Kimi-K2's model_type, the old spelling of keys, keys of other tools, and a buffer that some exports carry."""
+    model = make_model(q_lora_rank=None, n_group=1, topk_group=1, rms_norm_eps=1e-5).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["rope_parameters"], values["dtype"], values["num_nextn_predict_layers"]
+    values["rope_scaling"] = {key: value for key, value in values["rope_scaling"].items() if "rope_t" not in key}
+    values["rope_scaling"]["type"] = "yarn"
+    values |= {
+        "model_type": "kimi_k2",
+        "torch_dtype": "bfloat16",
+        "aux_loss_alpha": 0.001,
+        "auto_map": {"AutoModel": "x"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(tmp_path / "model.safetensors") | buffer, tmp_path / "model.safetensors")
+    back = DeepseekV3ForCausalLM.from_pretrained(tmp_path)
+    assert back.config == dataclasses.replace(model.config, dtype="bfloat16") and back.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values()))
+    convert_checkpoint(tmp_path, tmp_path / "fp8", "float")
+    converted = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert converted.pop("quantization_config")["weight_block_size"] == [128, 128]
+    assert converted == values | {"num_nextn_predict_layers": 0}
 
 
 def test_directories_that_do_not_fit(make_model: MakeModel, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -152,6 +152,20 @@ def test_scale_in_another_shard(model: DeepseekV3ForCausalLM, tmp_path: Path) ->
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
 
 
+def test_scales_stored_as_exponents(model: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
+    """One byte a block, as in transformers' own ue8m0 form; they count without a quantization_config too."""
+    model.save_pretrained(tmp_path, scale_fmt="ue8m0")
+    expected = DeepseekV3ForCausalLM.from_pretrained(tmp_path).state_dict()
+    tensors = {
+        name: tensor.to(torch.float8_e8m0fnu) if name.endswith("_scale_inv") else tensor
+        for name, tensor in stored(tmp_path).items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    loaded = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 def test_transformers_reads_our_fp8(scale_fmt: str, make_model: MakeModel, tmp_path: Path) -> None:
     """Through its FineGrainedFP8 quantiser, which dequantises where there is no GPU.

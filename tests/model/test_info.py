@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import DeepseekV3Config, DeepseekV3ForCausalLM
-from model.checkpoint import released_sizes
+from model.checkpoint import released_layout
 from model.info import info_table, kv_bytes_per_token, model_info, readable, tally
 from model.names import hf_state
 from model.rope import yarn_ramp_bounds
@@ -100,7 +100,7 @@ def test_every_part_equals_the_real_model(change: dict, make_config: Callable[..
     copies = (".embed_tokens.weight", ".shared_head.head.weight")  # of each MTP layer: only on disk
     shapes = [(n, t.shape) for n, t in hf_state(model) if not (n.startswith("model.layers.") and n.endswith(copies))]
     for form, scale_fmt in (("bf16", None), ("fp8", "float")):
-        assert both.memory[form] == sum(size for _, size in released_sizes(shapes, scale_fmt))
+        assert both.memory[form] == sum(spec.nbytes for spec in released_layout(shapes, scale_fmt))
     assert both.memory["training"] == 16 * model.num_parameters + 4 * both.biases
 
 
