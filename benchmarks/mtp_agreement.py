@@ -56,7 +56,9 @@ def measure(seed: int, weight: float, directory: Path) -> dict[str, Any]:
     config = load_config("configs/smoke.yaml", overrides)
     result = GRPOTrainer(config).train()
     prepared = prepare(config)
-    template_ids, length = set(prepared.tokenizer.all_special_ids), config.rollout.max_completion_length
+    template = config.data.completion_template.replace("{answer}", "")
+    template_ids = {*prepared.tokenizer(template)["input_ids"], *prepared.tokenizer.all_special_ids}
+    length = config.rollout.max_completion_length
     last = run_dir / "checkpoints" / f"step_{config.grpo.max_steps}"
     rows = [row for row in load_metrics(run_dir) if row.get("step_time")]
     row = {

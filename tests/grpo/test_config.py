@@ -238,3 +238,10 @@ def test_digest_depends_on_content_and_not_on_order() -> None:
 def test_cispo_needs_its_cap() -> None:
     assert "grpo.epsilon_high" in message({"grpo": {"loss_type": "cispo"}})
     assert load_config({"grpo": {"loss_type": "cispo", "epsilon_high": 5}}).grpo.epsilon_high == 5
+
+
+def test_a_rate_for_a_frozen_router_is_a_mistake() -> None:
+    text = message({"grpo": {"router_bias_update_rate": 0.01}})
+    assert "grpo.router_bias_update_rate is 0.01" in text and "grpo.router_policy is frozen" in text
+    assert load_config({"grpo": {"router_policy": "update"}}).grpo.router_bias_update_rate == 0.001
+    assert "'freeze'" in message({}, "--grpo.router_policy=freeze")

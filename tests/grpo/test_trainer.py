@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from grpo import GRPOTrainer
 from grpo.cluster import Cluster, Remote, RunFailure
@@ -219,3 +220,18 @@ def test_trainer_takes_a_config_object(tmp_path: Path) -> None:
     config = load_config(settings(tmp_path, "object", "inline"), ["--grpo.max_steps=1", "--rollout.num_workers=1"])
     result = GRPOTrainer(config).train()
     assert result.report.is_file() and result.accuracy_before is not None
+
+
+def test_a_run_whose_rollout_moves_the_routers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = settings(tmp_path, "rollout", "inline", max_steps=3, router_policy="rollout", mtp_loss_weight=0.1)
+    content["run"]["alarms"] = {"router/max_violation": 0.01}
+    result = GRPOTrainer(content).train()
+    biases = load_file(result.run_dir / "checkpoints" / "step_3" / "model.safetensors")
+    moved = [round(1000 * float(b)) for n, v in biases.items() if n.endswith("correction_bias") for b in v]
+    assert any(moved[:16]) and all(abs(n) <= 3 for n in moved[:16])  # three steps of 0.001 at most, in two layers
+    assert not any(moved[16:])  # the rollout does not run the MTP layer
+    names = {"router/max_violation", "router/dead_experts", "router/drift", "mtp_loss", "mtp/agreement"}
+    assert all(names <= set(row) for row in rows(result.run_dir)[1:])
+    line = "router/max_violation is "
+    assert capsys.readouterr().out.count(f"warning: {line}") == 1
+    assert f'<p class="alarm">{line}' in result.report.read_text()
