@@ -248,6 +248,22 @@ def _cause(err: Any) -> BaseException:
     return err.cause if isinstance(getattr(err, "cause", None), BaseException) else err
 
 
+def _submitted(client: Any, entrypoint: str, folder: str) -> str:
+    """The id of the job. A head that has just started answers before it can take jobs: asked again for a minute."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
+        except RuntimeError as err:
+            if "No available agent" not in str(err):
+                raise RunFailure(f"the cluster did not take the job: {' '.join(str(err).split())[:300]}") from err
+            if time.monotonic() > deadline:
+                raise RunFailure(
+                    "the cluster has had no agent that takes jobs for a minute; see its dashboard"
+                ) from err
+            time.sleep(1)
+
+
 def submit_job(config: Config, address: str) -> int:
     """Runs `grpo train` as a Ray job, prints its log as it comes, and returns its exit code.
 
@@ -275,7 +291,7 @@ def submit_job(config: Config, address: str) -> int:
         name = f"{config.run.name}.yaml"
         (Path(folder) / name).write_text(yaml.safe_dump(sections, sort_keys=False))
         entrypoint = f"{shlex.quote(python)} -m grpo.cli train {shlex.quote(name)}"
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
+        job = _submitted(client, entrypoint, folder)
     print(f"job {job} on {address}", flush=True)
 
     async def follow() -> None:

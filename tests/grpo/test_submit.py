@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo.cluster import RunFailure, _submitted
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -63,3 +65,22 @@ def test_no_cluster_is_one_clear_line() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "http://127.0.0.1:9" in errors[0], done.stderr
+
+
+def test_a_head_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray answers 500 until its agent is up; any other refusal ends the command."""
+    monkeypatch.setattr("grpo.cluster.time.sleep", lambda _: None)
+    answers = iter(
+        [RuntimeError("status code 500: No available agent to submit job"), "job-1", RuntimeError("no room")]
+    )
+
+    class Client:
+        def submit_job(self, **_: object) -> str:
+            answer = next(answers)
+            if isinstance(answer, RuntimeError):
+                raise answer
+            return answer
+
+    assert _submitted(Client(), "true", ".") == "job-1"
+    with pytest.raises(RunFailure, match="no room"):
+        _submitted(Client(), "true", ".")
