@@ -249,8 +249,8 @@ def _cause(err: Any) -> BaseException:
 
 
 def _submitted(client: Any, entrypoint: str, folder: str) -> str:
-    """The id of the job. A head that has just started answers before it can take jobs: asked again for a minute."""
-    deadline = time.monotonic() + 60
+    """The id of the job. A head that has just started answers before it can take jobs: asked again for two minutes."""
+    deadline = time.monotonic() + 120
     while True:
         try:
             return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
@@ -259,7 +259,7 @@ def _submitted(client: Any, entrypoint: str, folder: str) -> str:
                 raise RunFailure(f"the cluster did not take the job: {' '.join(str(err).split())[:300]}") from err
             if time.monotonic() > deadline:
                 raise RunFailure(
-                    "the cluster has had no agent that takes jobs for a minute; see its dashboard"
+                    "the cluster has had no agent that takes jobs for two minutes; see its dashboard"
                 ) from err
             time.sleep(1)
 
