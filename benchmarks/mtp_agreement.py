@@ -1,9 +1,9 @@
 """Claim: on the smoke task the multi-token prediction head has the main head's likeliest token for 80 % or more of the
-answer tokens that the trained policy samples (template and end tokens left out), and training it in RL costs little.
+answer tokens that the trained policy samples (template and end tokens left out), once it is trained with the trunk.
 
-    python -m benchmarks.mtp_agreement [--seeds 0,1,2] [--weights 0,0.1]
+    python -m benchmarks.mtp_agreement [--seeds 0] [--arms joint,detached,frozen]
 
-Each seed runs configs/smoke.yaml with each grpo.mtp_loss_weight; agreement is measured on fresh samples (temperature 1)
+Each seed runs configs/smoke.yaml with the settings of each arm; agreement is measured on fresh samples (temperature 1)
 of held-out prompts, with the model after the warm start and with the last checkpoint.
 """
 
@@ -32,6 +32,13 @@ from model.mtp import mtp_loss
 from rollout import SamplingParams, build_engine
 
 
+ARMS = {  # what RL does with the MTP layer: what it learns, and whether its loss reaches the trunk
+    "joint": ("--sft.mtp_loss_weight=0.3", "--grpo.mtp_loss_weight=0.3", "--grpo.mtp_detach=false"),
+    "detached": ("--sft.mtp_loss_weight=0.3", "--grpo.mtp_loss_weight=0.3"),
+    "frozen": (),
+}
+
+
 @torch.no_grad()
 def agreement(model_dir: Path, prompts: Sequence[Prompt], template_ids: set[int], max_tokens: int) -> dict[str, float]:
     """Share of sampled answer tokens, and of all sampled tokens, where both heads have the same likeliest token."""
@@ -50,9 +57,9 @@ def agreement(model_dir: Path, prompts: Sequence[Prompt], template_ids: set[int]
     return shares | {"answer_tokens": int(answer.sum())}
 
 
-def measure(seed: int, weight: float, directory: Path) -> dict[str, Any]:
-    run_dir = directory / f"seed-{seed}-weight-{weight}"
-    overrides = [f"--run.seed={seed}", f"--run.output_dir={run_dir}", f"--grpo.mtp_loss_weight={weight}"]
+def measure(seed: int, arm: str, directory: Path) -> dict[str, Any]:
+    run_dir = directory / f"seed-{seed}-{arm}"
+    overrides = [f"--run.seed={seed}", f"--run.output_dir={run_dir}", *ARMS[arm]]
     config = load_config("configs/smoke.yaml", overrides)
     result = GRPOTrainer(config).train()
     prepared = prepare(config)
@@ -63,7 +70,8 @@ def measure(seed: int, weight: float, directory: Path) -> dict[str, Any]:
     rows = [row for row in load_metrics(run_dir) if row.get("step_time")]
     row = {
         "seed": seed,
-        "mtp_loss_weight": weight,
+        "arm": arm,
+        "settings": ARMS[arm],
         "after_warm_start": agreement(warm_start(prepared), prepared.held_out, template_ids, length),
         "after_rl": agreement(last, prepared.held_out, template_ids, length),
         "accuracy_before": result.accuracy_before,
@@ -77,16 +85,12 @@ def measure(seed: int, weight: float, directory: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--weights", default="0,0.1")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--arms", default=",".join(ARMS))
     args = parser.parse_args()
     before = machine()
     with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            measure(int(seed), float(weight), Path(folder))
-            for seed in args.seeds.split(",")
-            for weight in args.weights.split(",")
-        ]
+        runs = [measure(int(seed), arm, Path(folder)) for seed in args.seeds.split(",") for arm in args.arms.split(",")]
     print(write_result("mtp_agreement", __doc__ or "", before, {"runs": runs}))
 
 
