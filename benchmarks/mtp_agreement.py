@@ -31,7 +31,6 @@ from model import DeepseekV3ForCausalLM, SequenceLayout
 from model.mtp import mtp_loss
 from rollout import SamplingParams, build_engine
 
-
 ARMS = {  # what RL does with the MTP layer: what it learns, and whether its loss reaches the trunk
     "joint": ("--sft.mtp_loss_weight=0.3", "--grpo.mtp_loss_weight=0.3", "--grpo.mtp_detach=false"),
     "detached": ("--sft.mtp_loss_weight=0.3", "--grpo.mtp_loss_weight=0.3"),
