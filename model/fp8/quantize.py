@@ -44,7 +44,8 @@ def dequantize_blocks(
     """
     if scale_inv.shape != (expected := scale_shape(codes.shape, block)):
         raise ValueError(f"scale_inv has shape {tuple(scale_inv.shape)}: codes {tuple(codes.shape)} need {expected}")
-    blocks = _cut(codes.float(), block) * scale_inv.float()[..., :, None, :, None]
+    blocks = _cut(codes.float(), block)  # fresh memory, so the product needs no more
+    blocks *= scale_inv.float()[..., :, None, :, None]
     return _join(blocks.to(dtype), codes.shape)
 
 
