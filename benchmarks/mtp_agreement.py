@@ -1,5 +1,5 @@
 """How often the multi-token prediction head has the main head's likeliest token, on the answer tokens that the policy
-samples on the smoke task (template and end tokens left out). The goal of 80 % is not reached there yet: see the results.
+samples on the smoke task (template and end tokens left out).
 
     python -m benchmarks.mtp_agreement [--seeds 0] [--arms joint,detached,frozen]
 

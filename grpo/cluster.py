@@ -259,7 +259,8 @@ def _submitted(client: Any, entrypoint: str, folder: str) -> str:
                 raise RunFailure(f"the cluster did not take the job: {' '.join(str(err).split())[:300]}") from err
             if time.monotonic() > deadline:
                 raise RunFailure(
-                    "the cluster has had no agent that takes jobs for two minutes; see its dashboard"
+                    "the cluster has had no agent that takes jobs for two minutes; where another Ray runs on its "
+                    "machine, start it with --dashboard-agent-listen-port=PORT"
                 ) from err
             time.sleep(1)
 

@@ -23,12 +23,13 @@ ROOT = Path(__file__).parents[2]
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of the dashboard of a Ray head started for these tests."""
     ports = []
-    for _ in range(3):
+    for _ in range(4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=true"]
     command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"]
+    command += [f"--dashboard-agent-listen-port={ports[3]}"]  # another cluster of the machine may have the usual one
     command += ["--temp-dir", str(Path("/tmp") / f"ray-{os.getpid()}"), "--disable-usage-stats"]
     log = (tmp_path_factory.mktemp("head") / "log").open("w+")
     head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

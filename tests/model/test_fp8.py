@@ -184,7 +184,10 @@ def test_transformers_reads_our_fp8(scale_fmt: str, make_model: MakeModel, tmp_p
     theirs_state, ours_state = theirs.state_dict(), ours.state_dict()
     assert theirs_state.keys() == ours_state.keys()
     for name, tensor in ours_state.items():
-        assert same_bits(theirs_state[name], tensor), name
+        found = theirs_state[name]
+        if name.endswith(".mlp.gate.weight"):
+            found = found.to(tensor.dtype)  # transformers 5.24 keeps it in FP32
+        assert same_bits(found, tensor), name
 
 
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
