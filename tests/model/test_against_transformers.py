@@ -67,7 +67,7 @@ def test_logits_routing_and_gradients(case: str, make_model: MakeModel, tmp_path
 
 
 def contents(directory: Path, dtype: str) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
-    """Every tensor on disk, to the byte; router matrices in `dtype`, as transformers 5.24 keeps and saves them in FP32."""
+    """Every tensor on disk, to the byte; router matrices in `dtype`, as transformers 5.24 saves them in FP32."""
     stored = load_file(directory / "model.safetensors")
     stored |= {name: t.to(getattr(torch, dtype)) for name, t in stored.items() if name.endswith(".mlp.gate.weight")}
     return {
