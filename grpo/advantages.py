@@ -6,6 +6,7 @@ NaN and leaves the group's mean and deviation too. Deviations are unbiased (n - 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,24 @@ def group_advantages(
         everything = values[scored]
         centred = centred / ((everything.std(ddof=1) if everything.size > 1 else 0.0) + EPSILON)
     return np.where(scored, centred, np.nan)
+
+
+def normalized_then_summed(
+    terms: Sequence[np.ndarray],  # each [P, G]: what one reward counted with; NaN where it does not apply
+    weights: Sequence[float],
+    estimator: Literal["grpo", "rloo"] = "grpo",
+) -> np.ndarray:
+    """Advantages [P, G] where every reward is normalised within its group before the weighted sum (GDPO, arXiv
+    2601.05242), then divided by the deviation of the batch. A reward whose scale or spread is small keeps its say.
+
+    A reward that does not apply to a sample adds 0 to it; where none applies the advantage is NaN.
+    """
+    scored = ~np.all([np.isnan(term) for term in terms], axis=0)
+    total = np.zeros_like(np.asarray(terms[0], dtype=np.float64))
+    for term, weight in zip(terms, weights, strict=True):
+        total += weight * np.nan_to_num(group_advantages(term, estimator, "group"))
+    spread = total[scored].std(ddof=1) if scored.sum() > 1 else 0.0
+    return np.where(scored, total / (spread + EPSILON), np.nan)  # each reward's mean is 0 already
 
 
 def zero_variance(rewards: np.ndarray) -> np.ndarray:

@@ -94,6 +94,13 @@ class Config(Section):
             raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
         return self
 
+    def reward_weights(self) -> dict[str, float]:
+        """Reward name -> weight."""
+        return {
+            name: float(given.get("weight", 1.0) if isinstance(given, Mapping) else given)
+            for name, given in self.rewards.items()
+        }
+
     def dump(self) -> str:
         """The resolved configuration as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

@@ -73,7 +73,7 @@ def run_loop(run: Run, first_step: int) -> None:
                 scores = cluster.score(inputs)
             raise_if_failing(scores, config.grpo.max_error_share)
             sampled += make_groups(prompts, completions, inputs, scores)
-            groups = informative(sampled) if config.grpo.dynamic_sampling else sampled
+            groups = informative(sampled, config) if config.grpo.dynamic_sampling else sampled
             if len(groups) == config.grpo.prompts_per_step:
                 break
         groups = with_advantages(groups or sampled, config)

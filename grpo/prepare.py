@@ -70,7 +70,7 @@ def prepare(config: Config) -> Prepared:
             )
         prompts = make_prompts(train_rows, config.data, tokenizer, room, gold)
         held_out = make_prompts(held_out_rows, config.data, tokenizer, room, gold)
-        for prompt in prompts[:1]:
+        for prompt in prompts:
             rewards.check(prompt.fields)
     return Prepared(config, model_dir, tokenizer, train_rows, prompts, held_out)
 

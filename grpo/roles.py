@@ -46,7 +46,7 @@ class RewardRole:
     """The rewards of a run."""
 
     def __init__(self, config: Config) -> None:
-        self.rewards = build_rewards(config.rewards)
+        self.rewards = build_rewards(config.rewards, workers=config.run.reward_workers, cache=config.run.reward_cache)
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         return self.rewards.score(inputs)

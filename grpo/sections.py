@@ -44,6 +44,10 @@ class RunConfig(Section):
         default_factory=lambda: {"router/max_violation": 4.0, "router/dead_experts": 0.25, "router/drift": 0.5}
     )
     """Metric -> threshold. The first step with a value above it gets a line of warning, in the report too. {}: none."""
+    reward_workers: int = Field(default=2, ge=1)
+    """Processes that run answer checkers and functions of your own."""
+    reward_cache: str = ""
+    """SQLite file that keeps the verdicts of rewards that run in workers, the sandbox or on a model. Empty: none."""
     max_restarts: int = Field(default=2, ge=0)
     """On Ray: how often dead rollout or reward actors are replaced before the run stops. A dead learner stops it."""
 
@@ -307,6 +311,8 @@ class GRPOConfig(Section):
     """Baseline of a sample: the mean of its group, or of the others in it (leave-one-out)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Advantages are divided by the standard deviation within the group, within the batch, or not at all (Dr. GRPO)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Several rewards: normalise their weighted sum, or sum what each is after normalising within the group (GDPO)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratios per token, or per sequence as their geometric mean (GSPO)."""
     importance_sampling_correction: Literal[

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo.advantages import group_advantages, group_std, zero_variance
+from grpo.advantages import group_advantages, group_std, normalized_then_summed, zero_variance
 from grpo.config import Config
 from grpo.losses import token_weights
 from grpo.packing import pack
@@ -80,17 +80,38 @@ def reward_matrix(groups: Sequence[Group]) -> np.ndarray:
     return np.array(rows, dtype=np.float64)
 
 
-def informative(groups: Sequence[Group]) -> list[Group]:
+def term_matrices(groups: Sequence[Group]) -> dict[str, np.ndarray]:
+    """Reward name -> [P, G] of what it counted with; NaN where it does not apply or the sample has no score."""
+    names = dict.fromkeys(name for group in groups for s in group.samples for name in s.score.terms)
+    scored = ~np.isnan(reward_matrix(groups))
+    return {
+        name: np.where(
+            scored,
+            np.array([[s.score.terms.get(name) for s in group.samples] for group in groups], dtype=np.float64),
+            np.nan,
+        )
+        for name in names
+    }
+
+
+def informative(groups: Sequence[Group], config: Config) -> list[Group]:
     """Those whose rewards are not all equal (dynamic sampling, DAPO eq. 11)."""
     if not groups:
         return []
     flat = zero_variance(reward_matrix(groups))
+    if config.grpo.multi_objective_aggregation == "normalize_then_sum":
+        flat = np.all([zero_variance(terms) for terms in term_matrices(groups).values()] or [flat], axis=0)
     return [group for group, dull in zip(groups, flat) if not dull]
 
 
 def with_advantages(groups: Sequence[Group], config: Config) -> list[Group]:
     """Fills in each sample's advantage; None where it has no score."""
-    table = group_advantages(reward_matrix(groups), config.grpo.advantage_estimator, config.grpo.scale_rewards)
+    if config.grpo.multi_objective_aggregation == "normalize_then_sum":
+        terms = {name: term for name, term in term_matrices(groups).items() if config.reward_weights()[name]}
+        weights = [config.reward_weights()[name] for name in terms]
+        table = normalized_then_summed(list(terms.values()), weights, config.grpo.advantage_estimator)
+    else:
+        table = group_advantages(reward_matrix(groups), config.grpo.advantage_estimator, config.grpo.scale_rewards)
     return [
         dataclasses.replace(
             group,

@@ -1,6 +1,7 @@
 """Text in, score out: rules, users' functions, and the processes that keep a hanging checker from hanging the run."""
 
-from rewards.build import RewardFailure, Rewards, build_rewards, error_share, raise_if_failing
+from rewards.build import build_rewards
+from rewards.compose import RewardFailure, Rewards, error_share, raise_if_failing
 from rewards.records import RewardInput, Score, Status
 
 __all__ = [

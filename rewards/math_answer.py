@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rewards.records import RewardInput, Score, Status
 from rewards.rule import Rule, failure
@@ -117,7 +118,11 @@ def math_answer(*, pool: WorkerPool, timeout: float = 3.0, require_box: bool = F
         assert all(verdict is not None for verdict in scores)
         return scores  # type: ignore[return-value]
 
-    return Rule(score, frozenset({"answer"}), (0.0, 1.0))
+    def perfect(fields: Mapping[str, Any]) -> str | None:
+        gold = gold_text(fields["answer"])
+        return f"\\boxed{{{gold}}}" if gold else None
+
+    return Rule(score, frozenset({"answer"}), (0.0, 1.0), runs="worker", perfect=perfect)
 
 
 def _verdict(answer: Answer, gold_check: Answer | None, gold: str) -> Score:
@@ -131,9 +136,8 @@ def _verdict(answer: Answer, gold_check: Answer | None, gold: str) -> Score:
                 queue_s=queue_s,
                 run_s=run_s,
             )
-        return Score(
-            0.0, info={"reason": f"the answer took too long to check: {answer.reason}"}, queue_s=queue_s, run_s=run_s
-        )
+        info = {"reason": f"the answer took too long to check: {answer.reason}", "timed_out": True}
+        return Score(0.0, info=info, queue_s=queue_s, run_s=run_s)
     if answer.status is not Status.OK:
         return failure(answer.status, answer.reason, queue_s=queue_s, run_s=run_s)
     if answer.result is None:

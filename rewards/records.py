@@ -41,6 +41,7 @@ class Score:
     value: float | None
     status: Status = Status.OK
     parts: Mapping[str, float | None] = field(default_factory=dict)  # reward name -> its unweighted value
+    terms: Mapping[str, float | None] = field(default_factory=dict)  # what it counted with: gated, clipped, unweighted
     info: Mapping[str, Any] = field(default_factory=dict)  # why: error text, per-part statuses
     queue_s: float = 0.0  # waited for a worker
     run_s: float = 0.0  # scoring itself

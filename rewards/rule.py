@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from typing import Any, Literal
 
 from rewards.records import RewardInput, Score, Status
 
@@ -18,12 +19,21 @@ class Rule:
     """A built reward. `score` returns one Score per input, in order, and raises nothing because of a completion.
 
     `needs` names the data fields without which it cannot score; they are checked before a run. `bounds`: the lowest
-    and highest value it gives; None where nobody knows.
+    and highest value it gives; None where nobody knows. `runs`: in this process, in a killable worker, in the code
+    sandbox, or on a model; all but inline may be cached, under `version`, which changes when verdicts do. `grouped`:
+    it compares the samples of a group, so it sees whole groups and is never cached. `perfect`: a completion that must
+    score the upper bound, from a row's fields (None: this row has none); `grpo rewards check` scores it. `close` frees
+    what the reward holds.
     """
 
     score: Callable[[Sequence[RewardInput]], list[Score]]
     needs: frozenset[str] = frozenset()
     bounds: tuple[float, float] | None = None
+    runs: Literal["inline", "worker", "sandbox", "model"] = "inline"
+    version: str = "1"
+    grouped: bool = False
+    perfect: Callable[[Mapping[str, Any]], str | None] | None = None
+    close: Callable[[], None] | None = None
 
 
 def failure(status: Status, reason: str, queue_s: float = 0.0, run_s: float = 0.0) -> Score:

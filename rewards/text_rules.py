@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rewards.records import RewardInput
 from rewards.rule import Rule, each
@@ -47,7 +48,11 @@ def exact_match(*, tag: str | None = None, pattern: str | None = None) -> Rule:
         gold = str(sample.fields["answer"]).strip()
         return float(found is not None and gold != "" and found.strip() == gold)
 
-    return Rule(each(score), frozenset({"answer"}), (0.0, 1.0))
+    def perfect(fields: Mapping[str, Any]) -> str | None:
+        gold = str(fields["answer"]).strip()
+        return f"<{tag or 'answer'}>{gold}</{tag or 'answer'}>" if gold and regex is None else None
+
+    return Rule(each(score), frozenset({"answer"}), (0.0, 1.0), perfect=perfect)
 
 
 def format_tags(*, tags: Sequence[str] = ("think", "answer"), prefix: str = "") -> Rule:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,14 @@ def user_function(name: str, function: str, *, pool: WorkerPool, timeout: float)
         for place, answer in zip(places, pool.run(TARGET, options, items, timeout), strict=True):
             if answer.status is Status.OK:
                 verdict = as_score(answer.result)
-                scores[place] = Score(verdict.value, verdict.status, {}, verdict.info, answer.queue_s, answer.run_s)
+                scores[place] = replace(verdict, queue_s=answer.queue_s, run_s=answer.run_s)
             else:
                 scores[place] = failure(answer.status, answer.reason, answer.queue_s, answer.run_s)
         assert all(verdict is not None for verdict in scores)
         return scores  # type: ignore[return-value]
 
-    return Rule(score, needs)
+    version = hashlib.sha256(source.read_bytes()).hexdigest() if source is not None else "1"
+    return Rule(score, needs, runs="worker", version=version)
 
 
 def make(function: str) -> Callable[[Mapping[str, Any]], Any]:

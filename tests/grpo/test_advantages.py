@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from grpo.advantages import group_advantages, group_std, zero_variance
+from grpo.advantages import group_advantages, group_std, normalized_then_summed, zero_variance
 
 NAN = float("nan")
 Estimator = Literal["grpo", "rloo"]
@@ -86,3 +86,20 @@ def test_one_scored_sample_has_nothing_to_compare_with(estimator: Estimator, sca
 def test_zero_variance_looks_at_scored_rewards_only() -> None:
     rewards = np.array([[1.0, 1.0, NAN], [1.0, 0.0, NAN], [0.0, 1.0, 1.0]])
     assert zero_variance(rewards).tolist() == [True, False, False]
+
+
+def test_normalising_each_reward_first_keeps_its_say() -> None:
+    # in the sum, the length penalty of -100 .. 0 drowns correctness; normalised first, the two weigh 1 : 0.5
+    right = np.array([[1.0, 0.0], [0.0, 0.0]])
+    length = np.array([[-100.0, 0.0], [-50.0, NAN]])
+    first = 0.5 / (math.sqrt(0.5) + 1e-4) - 0.5 * 50 / (50 * math.sqrt(2) + 1e-4)  # right, but longer
+    raw = np.array([[first, -first], [0.0, 0.0]])
+    expected = raw / (raw.std(ddof=1) + 1e-4)
+    got = normalized_then_summed([right, length], [1.0, 0.5])
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert got[0, 0] > 0 > group_advantages(right + 0.5 * np.nan_to_num(length))[0, 0]
+
+
+def test_a_sample_that_no_reward_applies_to_stays_out() -> None:
+    got = normalized_then_summed([np.array([[1.0, 0.0, NAN]]), np.array([[NAN, 2.0, NAN]])], [1.0, 1.0])
+    assert math.isnan(got[0, 2]) and got[0, 0] == -got[0, 1] > 0

@@ -124,8 +124,8 @@ def test_reward_inputs_and_groups(tokenizer: Any) -> None:
 def test_informative_and_advantages() -> None:
     scores: list[list[float | None]] = [[1.0, 0.0, None], [0.5, 0.5, None], [None, 1.0, None], [2.0, 2.0, 5.0]]
     groups = make(scores, [[1, 1, 1]] * 4)
-    assert [g.prompt.id for g in informative(groups)] == ["p0", "p3"]
-    assert informative([]) == []
+    assert [g.prompt.id for g in informative(groups, config())] == ["p0", "p3"]
+    assert informative([], config()) == []
     done = with_advantages(groups, config(scale_rewards="none"))
     assert [[s.advantage for s in g.samples] for g in done] == [
         [0.5, -0.5, None],

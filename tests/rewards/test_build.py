@@ -5,7 +5,8 @@ import math
 import pytest
 
 from rewards import RewardFailure, RewardInput, Score, Status, build_rewards, error_share, raise_if_failing
-from rewards.build import REGISTRY, Part, Rewards
+from rewards.build import REGISTRY
+from rewards.compose import Part, Rewards
 from rewards.rule import Rule, each
 from rewards.worker import WorkerPool
 
@@ -146,3 +147,68 @@ def test_every_registered_reward_resolves_and_documents_itself():
     for target in REGISTRY.values():
         module, _, name = target.partition(":")
         assert getattr(importlib.import_module(module), name).__doc__
+
+
+def test_clip_bounds_what_counts_and_leaves_the_part_as_it_is():
+    mapping = {"exact_match": 1.0, "length": {"weight": 2.0, "max": 10, "clip": [-0.3, 0]}}
+    with build_rewards(mapping) as rewards:
+        [score] = rewards.score([RewardInput("q", "<answer>1</answer>", {"answer": "1"}, completion_ids=range(8))])
+        assert score.parts["length"] == pytest.approx(-0.8) and score.terms["length"] == pytest.approx(-0.3)
+        assert score.value == pytest.approx(1 - 2 * 0.3)
+        assert rewards.highest() == pytest.approx(1.0)
+
+
+def test_rows_are_routed_by_a_column():
+    mapping = {
+        "exact_match": {"weight": 1.0, "when": {"task": ["sum", "product"]}},
+        "words": {"kind": "format_tags", "tags": ["poem"], "weight": 0.5, "when": {"task": "poem"}},
+    }
+    with build_rewards(mapping) as rewards:
+        assert rewards.needs() == {"answer", "task"}
+        rewards.check({"task": "poem"})  # a row that needs no answer
+        with pytest.raises(ValueError, match="exact_match needs the data field 'answer'"):
+            rewards.check({"task": "sum"})
+        with pytest.raises(ValueError, match=r"exact_match\.when names the column 'task'"):
+            rewards.check({"answer": "1"})
+        scores = rewards.score(
+            [
+                RewardInput("q", "<answer>1</answer>", {"answer": "1", "task": "sum"}),
+                RewardInput("q", "<poem>oh</poem>", {"task": "poem"}),
+                RewardInput("q", "<poem>oh</poem>", {"task": "chess"}),
+            ]
+        )
+    assert [score.value for score in scores] == [1.0, 0.5, None]
+    assert scores[2].status is Status.NOT_APPLICABLE
+    assert scores[1].terms == {"exact_match": None, "words": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": [1]}, r"rewards.exact_match.clip is \[1\]; give \[lowest, highest\]"),
+        ({"clip": [1, 0]}, "the first number is the lowest"),
+        ({"when": "task"}, "rewards.exact_match.when is 'task'; give a mapping"),
+        ({"kind": "exact_mach"}, r"rewards\.exact_match\.kind is 'exact_mach', did you mean 'exact_match'"),
+    ],
+)
+def test_bad_composition_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_rewards({"exact_match": {"weight": 1.0, **options}})
+
+
+def test_the_cache_asks_once_and_never_keeps_a_failure(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import pathlib\n"
+        "def fn(completion, prompt):\n"
+        f"    log = pathlib.Path({str(tmp_path / 'log')!r})\n"
+        "    log.write_text((log.read_text() if log.exists() else '') + completion)\n"
+        "    return 1 / int(completion)\n"
+    )
+    mapping = {"mine": {"function": f"{tmp_path / 'mine.py'}:fn"}}
+    inputs = [RewardInput("q", text) for text in ("2", "0", "2", "4")]
+    for _ in range(2):
+        with build_rewards(mapping, workers=1, cache=tmp_path / "cache.db") as rewards:
+            assert [score.value for score in rewards.score(inputs)] == [0.5, None, 0.5, 0.25]
+    assert sorted((tmp_path / "log").read_text()) == ["0", "0", "2", "4"]
+    with pytest.raises(ValueError, match="reward cache"):
+        build_rewards(mapping, cache=tmp_path / "mine.py")
