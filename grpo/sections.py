@@ -59,8 +59,6 @@ class LoraConfig(Section):
     """Rank of an adapter; each routed expert has its own."""
     lora_alpha: int = Field(default=32, ge=1)
     """Adapters are scaled by lora_alpha / r."""
-    lora_dropout: float = Field(default=0.0, ge=0, le=0)
-    """Only 0: with dropout the learner's probabilities would be other ones than the rollout's."""
     target_modules: list[str] = Field(default_factory=list)
     """Linear layers of the attention, by the end of their names, e.g. `o_proj`. The adapter's product is added to the
     layer's: cheaper than target_parameters, but in bfloat16 the learner then differs a little from the engines."""
@@ -183,12 +181,12 @@ class RolloutConfig(Section):
     """Cache pages of an engine. 0: enough for max_num_seqs sequences of the longest length asked for."""
 
 
-class StageConfig(Section):
-    """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
 
-    max_steps: int = Field(default=300, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     """Optimiser steps."""
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
@@ -196,12 +194,6 @@ class StageConfig(Section):
     """Last learning rate as a share of the peak."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    batch_size: int = Field(default=64, ge=1)
-    """Samples (SFT) or blocks (pretraining) a step."""
-    block_size: int = Field(default=512, ge=2)
-    """Pretraining: tokens in a block of packed text."""
-    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens in a micro-batch; a longer sample has one of its own."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, on matrices only."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -210,6 +202,21 @@ class StageConfig(Section):
     """AdamW's beta2."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm. 0: no clipping."""
+
+
+class StageConfig(OptimizerConfig):
+    """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
+
+    max_steps: int = Field(default=300, ge=1)
+    """Optimiser steps."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples (SFT) or blocks (pretraining) a step."""
+    block_size: int = Field(default=512, ge=2)
+    """Pretraining: tokens in a block of packed text."""
+    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
+    """Tokens in a micro-batch; a longer sample has one of its own."""
     mtp_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of the multi-token-prediction loss (DeepSeek-V3 eq. 25); it reaches the trunk. 0: none."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
@@ -262,27 +269,13 @@ class ExtendConfig(Section):
     """Needle prompts of a check, at either length."""
 
 
-class GRPOConfig(Section):
+class GRPOConfig(OptimizerConfig):
     """The algorithm and its optimiser. Names are TRL's where TRL has one. A step is one rollout-and-update cycle."""
 
     max_steps: int = Field(default=100, ge=1)
     """Rollout-and-update cycles."""
-    learning_rate: float = Field(default=1e-6, gt=0)
-    """Peak learning rate."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
-    lr_end_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Last learning rate as a share of the peak."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's, on matrices only."""
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's beta1."""
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     """AdamW's beta2."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are clipped to this norm. 0: no clipping."""
     num_generations: int = Field(default=8, ge=2)
     """Samples in a group (G)."""
     prompts_per_step: int = Field(default=16, ge=1)
