@@ -1,10 +1,10 @@
-"""Claim: a trained multi-token prediction head has the main head's likeliest token on at least 80 % of the answer tokens
-that the policy samples on the smoke task (template and end tokens left out).
+"""Claim: a trained multi-token prediction head has the main head's likeliest token on at least 80 % of the answer
+tokens that the policy samples on the smoke task (template and end tokens left out).
 
     python -m benchmarks.mtp_agreement [--runs trained:0,joint:0]
 
-Each run is configs/smoke.yaml with the settings of an arm and a seed; agreement is measured on fresh samples (temperature
-1) of held-out prompts, with the model after the warm start and with the last checkpoint.
+Each run is configs/smoke.yaml with the settings of an arm and a seed; agreement is measured on fresh samples
+(temperature 1) of held-out prompts, with the model after the warm start and with the last checkpoint.
 """
 
 from __future__ import annotations
