@@ -155,8 +155,13 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["embedded"] = "embedded"
-    """The embedded engine: paged latents, continuous batching, on any device."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """embedded: paged latents, continuous batching, on any device. vllm: vLLM in the same process, from an extra."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """vllm: further options of vllm.LLM, e.g. tensor_parallel_size, gpu_memory_utilization, quantization."""
+    weight_check: Literal["full", "canary", "off"] = "full"
+    """vllm, after each push of weights. full: every tensor as it lies in the engine, and log-probabilities of canary
+    prompts; canary: these alone. A mismatch stops the run before a sample is drawn."""
     num_workers: int = Field(default=1, ge=1)
     """Engines; each takes an equal, contiguous share of the prompts, groups kept together."""
     temperature: float = Field(default=1.0, gt=0)
