@@ -141,7 +141,7 @@ def _prompts(prepared: Prepared, section: DistillConfig) -> tuple[list[Prompt], 
 def _check(prepared: Prepared, section: DistillConfig) -> None:
     """What `prepare` cannot know. Raises ConfigError."""
     config = prepared.config
-    with build_rewards(config.rewards, **reward_resources(config)) as rewards:
+    with build_rewards(config.rewards, **reward_resources(config.model.dtype)) as rewards:
         highest, needs = rewards.highest(), rewards.needs()
     if section.threshold > highest + 1e-9:
         raise ConfigError(

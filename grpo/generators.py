@@ -47,7 +47,7 @@ class EngineGenerator:
                 f"rewards.generative_reward.chat is true, but the tokenizer of {self.path} has no chat template"
             )
         self.options, self.dtype = dict(options), dtype
-        files = sorted(self.path.glob("*.safetensors")) + [self.path / "config.json", self.path / "tokenizer.json"]
+        files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json", self.path / "tokenizer.json"]
         states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
         self.version = digest(states)  # verdicts of other weights at this path are other verdicts
         self._engine: Any = None
@@ -89,4 +89,3 @@ class EngineGenerator:
             chat = [{"role": "user", "content": prompt}]
             prompt = str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-

@@ -51,7 +51,7 @@ class RewardRole:
             config.rewards,
             workers=config.run.reward_workers,
             cache=config.run.reward_cache,
-            **reward_resources(config),
+            **reward_resources(config.model.dtype),
         )
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:

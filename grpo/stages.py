@@ -149,6 +149,6 @@ def sampled_accuracy(config: Config, learner: Learner, prompts: Sequence[Prompt]
     ]
     completions = engine.generate([p.token_ids for p in prompts], params)
     learner.policy.model.train()
-    with closing(build_rewards(config.rewards, **reward_resources(config))) as rewards:
+    with closing(build_rewards(config.rewards, **reward_resources(config.model.dtype))) as rewards:
         scores = rewards.score(reward_inputs(prompts, completions, tokenizer))
     return float(np.mean([is_right(config, score) for score in scores]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 
@@ -90,7 +90,9 @@ class CallLimits:
     async def _wait_for_turn(self, most_tokens: int) -> float:
         """Seconds of the token rate that the call is charged with."""
         while (wait := max(self._next_request, self._next_token) - time.monotonic()) > 0:
-            await asyncio.sleep(min(wait, 0.25))  # a call that ends, or a pause, may have moved them
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait), self._settled:
+                    await self._settled.wait()  # a call that ends gives back what it did not use
         if self.max_requests and self.spent.requests >= self.max_requests:
             raise BudgetSpent(f"the budget is spent: {self.spent.requests} of max_requests {self.max_requests}")
         now, charged = time.monotonic(), 0.0

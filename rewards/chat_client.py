@@ -289,14 +289,22 @@ def _check(name: str, endpoint: Endpoint) -> None:
             f"rewards.{name}.api_key_env names the environment variable {endpoint.api_key_env!r}, which is not set; "
             "export it"
         )
-    least = {"max_tokens": 1, "retries": 0, "concurrency": 1, "seed": 0}
-    least |= dict.fromkeys(("requests_per_minute", "tokens_per_minute", "max_requests", "max_total_tokens"), 0)
-    for option, lowest in least.items():
-        value = getattr(endpoint, option)
-        if option == "seed" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f"rewards.{name}.{option} is {value!r}; give a whole number, {lowest} or more")
-    hot = endpoint.temperature
-    if hot is not None and (isinstance(hot, bool) or not isinstance(hot, int | float) or not 0 <= hot <= 2):
-        raise ValueError(f"rewards.{name}.temperature is {hot!r}; give a number from 0 to 2, or null")
+    for option in ("retries", "requests_per_minute", "tokens_per_minute", "max_requests", "max_total_tokens"):
+        _whole(name, option, getattr(endpoint, option), 0)
+    _whole(name, "concurrency", endpoint.concurrency, 1)
+    check_sampling(name, endpoint.temperature, endpoint.max_tokens, endpoint.seed)
+
+
+def check_sampling(name: str, temperature: float | None, max_tokens: int, seed: int | None) -> None:
+    """ValueError naming the option of the reward that no model can sample with."""
+    _whole(name, "max_tokens", max_tokens, 1)
+    if seed is not None:
+        _whole(name, "seed", seed, 0)
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if temperature is not None and not (number and 0 <= temperature <= 2):
+        raise ValueError(f"rewards.{name}.temperature is {temperature!r}; give a number from 0 to 2")
+
+
+def _whole(name: str, option: str, value: Any, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"rewards.{name}.{option} is {value!r}; give a whole number, {lowest} or more")

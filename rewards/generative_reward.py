@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.chat_client import ChatClient, Endpoint, Reply
+from rewards.chat_client import ChatClient, Endpoint, Reply, check_sampling
 from rewards.grading import Ask, grade, grading
 from rewards.judge import asker
 from rewards.judge_text import Question, digest
@@ -45,8 +45,8 @@ def generative_reward(
 
     DeepSeek-V3 (arXiv 2412.19437, section 5.2.1): with a reference answer, whether the response matches it; without
     one, a grade from question and response alone (`reference`). The model is a directory (`model`; `chat`: questions go
-    through its chat template), or with `base_url` an endpoint that serves it. Train one with `grpo rewards verdicts` and
-    `grpo sft`. Other options are those of `judge`; the options of limits are for an endpoint.
+    through its chat template), or with `base_url` an endpoint that serves it. `grpo rewards verdicts` makes data that
+    `grpo sft` trains one on. Other options are those of `judge`; those about requests are for an endpoint.
 
     `votes`: so many verdicts of each completion, of which the most frequent counts (the policy as its own judge); needs
     a temperature above 0. Resources: `load_generator(model, options)` makes an engine over a directory, which it may
@@ -60,6 +60,7 @@ def generative_reward(
             f"rewards.generative_reward.votes is {votes}, but at temperature 0 all of them are the same; set "
             "rewards.generative_reward.temperature, e.g. to 1"
         )
+    check_sampling("generative_reward", temperature, max_tokens, seed)
     how = grading("generative_reward", template, rubric, scale, reference, include_thinking)
     if base_url:
         limits = (requests_per_minute, tokens_per_minute, max_requests, max_total_tokens)
@@ -99,7 +100,7 @@ def _asks(generate: Generate) -> Ask:
         start = time.perf_counter()
         texts = generate([prompt_of(question, body) for body in bodies])
         run_s = (time.perf_counter() - start) / max(1, len(texts))
-        missing = "the model gave no whole answer: the question is longer than its context, or the answer than max_tokens"
+        missing = "no whole answer: the question is longer than the model's context, or the answer than max_tokens"
         return [
             Reply("", Status.ERROR, missing, run_s=run_s) if text is None else Reply(text, run_s=run_s)
             for text in texts

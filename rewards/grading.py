@@ -51,9 +51,7 @@ class Grading:
 
     def shows_reference(self, fields: Mapping[str, Any]) -> bool:
         """Whether a row is asked about with its reference answer: where it has one and it may be used."""
-        return self.reference == "always" or (
-            self.reference == "auto" and bool(as_text(fields.get("answer")).strip())
-        )
+        return self.reference == "always" or (self.reference == "auto" and bool(as_text(fields.get("answer")).strip()))
 
     def question(self, shows_reference: bool) -> Question:
         """The one with or without a reference."""

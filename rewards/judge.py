@@ -84,9 +84,7 @@ def judge(
             return compare(inputs, question, ask, opponents, ranking, include_thinking)
 
         version = digest(question, endpoint.sampling(), structured)
-        return Rule(
-            score_groups, question.fields(), (0.0, 1.0), "model", version, grouped=True, close=client.close
-        )
+        return Rule(score_groups, question.fields(), (0.0, 1.0), "model", version, grouped=True, close=client.close)
     how = grading("judge", template, rubric, scale, reference, include_thinking)
 
     def score(inputs: Sequence[RewardInput]) -> list[Score]:

@@ -51,7 +51,7 @@ AGREEMENT = "Grade whether the response comes to the same answer as the referenc
 BETTER = "Decide which response is more correct, helpful and complete. Length and order alone decide nothing."
 
 _FIELD = re.compile(r"\{\{(\w+)\}\}|\{([^\W\d]\w*)\}")
-_CONTROL = r"[|｜]|/?s>|(?:start|end)_of_turn>"  # what follows < in tokens that end a message in some chat template
+_CONTROL = r"[|\uff5c]|/?s>|(?:start|end)_of_turn>"  # after <: tokens that end a message in some chat template
 _THOUGHT = ("think", "thinking", "reasoning")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _LAST_LINE = re.compile(r"[*_#\s]*verdict[*_\s]*:[*_\s]*([^*_]+?)[*_\s]*", re.IGNORECASE)

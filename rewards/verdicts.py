@@ -17,7 +17,7 @@ COLUMNS = ("prompt", "completion", "reason", "label")
 def sft_rows(
     rows: Sequence[tuple[str, Mapping[str, Any]]], how: Grading, chat: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """{"prompt", "completion"} of each (where, row): the very question that generative_reward asks, and reason + verdict.
+    """{"prompt", "completion"} of each (where, row): the very question generative_reward asks, and reason + verdict.
 
     A row has prompt, completion, reason, label (a number on the scale, or true and false for its ends), answer where
     there is one, and any column that the template names. Rows whose completion the reward answers by itself (empty,

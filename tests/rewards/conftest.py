@@ -100,7 +100,10 @@ def chat_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Ser
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    class Http(ThreadingHTTPServer):
+        request_queue_size = 128  # of 5, a burst of connections loses some, and waits a second for them
+
+    with Http(("127.0.0.1", 0), Handler) as http:
         server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
