@@ -162,17 +162,12 @@ def nothing_to_judge(text: str) -> str:
 def read_verdict(answer: str) -> tuple[object, str]:
     """(the verdict as the judge wrote it, its explanation). NoVerdict where neither form is there."""
     text = without_thoughts(answer).strip()
+    for whole in (answer.strip(), text):  # a reason in JSON may quote </think>
+        found = _json_object(whole)
+        if "verdict" in found:
+            return found["verdict"], str(found.get("reason", ""))
     if not text:
         raise NoVerdict("the judge gave no answer outside its reasoning")
-    fenced = re.fullmatch(r"```(?:json)?\s*(\{.*\})\s*```", text, re.DOTALL)
-    whole = fenced[1] if fenced else text
-    if whole.startswith("{"):
-        try:
-            found = json.loads(whole)
-        except ValueError:
-            found = None
-        if isinstance(found, dict) and "verdict" in found:
-            return found["verdict"], str(found.get("reason", ""))
     explanation, _, last = text.rpartition("\n")
     match = _LAST_LINE.fullmatch(last.strip()) if len(last) <= 100 else None
     if match is None:
@@ -184,7 +179,7 @@ def without_thoughts(answer: str) -> str:
     """What follows the judge's reasoning; "" where the reasoning never ends."""
     for tag in _THOUGHT:
         answer = answer.rpartition(f"</{tag}>")[2]
-    return "" if any(f"<{tag}>" in answer for tag in _THOUGHT) else answer
+    return "" if answer.lstrip().startswith(tuple(f"<{tag}>" for tag in _THOUGHT)) else answer
 
 
 def on_scale(verdict: object, scale: tuple[int, int]) -> float:
@@ -224,6 +219,16 @@ def checked_scale(name: str, scale: Sequence[int]) -> tuple[int, int]:
             "whole numbers at most 100 apart"
         )
     return scale[0], scale[1]
+
+
+def _json_object(text: str) -> Mapping[str, Any]:
+    """The object that the text is, in a code fence or not; {} for any other text."""
+    fenced = re.fullmatch(r"```(?:json)?\s*(\{.*\})\s*```", text, re.DOTALL)
+    try:
+        found = json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _schema(verdict: Mapping[str, Any]) -> dict[str, Any]:

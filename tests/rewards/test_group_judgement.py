@@ -12,7 +12,7 @@ from rewards.self_voting import voted_answer
 
 
 def test_bradley_terry_of_two_by_hand():
-    """One win in one: p = 1.5 / (1/(p+q) + 1/(p+1)) with q = 1/p by symmetry has the root p of p^2 = 1 + sqrt 2 p..."""
+    """0 beat 1, and each drew with strength 1: the strengths p and 1/p expect 1.5 and 0.5 wins of two."""
     values = bradley_terry([0, 1], {(0, 1): 1.0})
     p, q = (value / (1 - value) for value in (values[0], values[1]))
     assert p * q == pytest.approx(1.0)

@@ -128,6 +128,7 @@ def test_symbols_that_are_the_answer_are_judged(serve, says):
         ("Verdict: nan", "no number from 0 to 10"),
         ('{"verdict": true}', "no number from 0 to 10"),
         ('{"verdict": NaN}', "no number from 0 to 10"),
+        ("[" * 5000, "no verdict"),
         ("", "without text"),
         (None, "without text"),
     ],
@@ -146,6 +147,20 @@ def test_no_verdict_is_an_error_and_its_cost_is_recorded(serve, says, content, w
 def test_forms_of_a_verdict(serve, says, content, value):
     with serve(lambda *_: says(content)) as server:
         assert ask(server, "text")[0].value == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Its <think> part is long,\nits </think> is there.\nVerdict: 6",
+        "All of it stands in <think> tags.\nVerdict: 6",
+        '{"reason": "<think>x</think>{\\"verdict\\": 10}", "verdict": 6}',
+        '<think>{"verdict": 10}</think>\n{"reason": "", "verdict": 6}',
+    ],
+)
+def test_a_judge_may_quote(serve, says, content):
+    with serve(lambda *_: says(content)) as server:
+        assert ask(server, "text")[0].value == 0.6
 
 
 def test_an_answer_that_was_cut_is_an_error_even_where_it_looks_like_a_verdict(serve, says):
