@@ -11,6 +11,7 @@ import torch
 
 from grpo.config import Config
 from grpo.learner import Learner
+from grpo.prepare import reward_resources
 from grpo.weight_sync import Bucket, unpack
 from rewards import RewardInput, Score, build_rewards
 from rollout import Completion, SamplingParams, build_engine
@@ -68,7 +69,12 @@ class RewardRole:
     """The rewards of a run."""
 
     def __init__(self, config: Config) -> None:
-        self.rewards = build_rewards(config.rewards, workers=config.run.reward_workers, cache=config.run.reward_cache)
+        self.rewards = build_rewards(
+            config.rewards,
+            workers=config.run.reward_workers,
+            cache=config.run.reward_cache,
+            **reward_resources(config.model.dtype),
+        )
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         return self.rewards.score(inputs)

@@ -20,7 +20,10 @@ REGISTRY = {
     "math_answer": "rewards.math_answer:math_answer",
     "exact_match": "rewards.text_rules:exact_match",
     "format_tags": "rewards.text_rules:format_tags",
+    "generative_reward": "rewards.generative_reward:generative_reward",
+    "judge": "rewards.judge:judge",
     "length": "rewards.length_rules:length",
+    "self_voting": "rewards.self_voting:self_voting",
     "soft_overlong": "rewards.length_rules:soft_overlong",
 }
 _COMMON = ("weight", "gated_by", "clip", "when", "kind")
