@@ -78,7 +78,7 @@ def _trl(function: Any, samples: Sequence[Sample], kwargs: Mapping[str, Any], gr
 
     given |= {"log_extra": log_extra, "log_metric": log_metric, **kwargs}
     values = _column(_settled(function(**_accepted(function, given))), len(samples), "the list of rewards")
-    return [_verdict(value, extra) for value, extra in zip(values, info)]
+    return [_verdict(value, info=entry) for value, entry in zip(values, info)]
 
 
 def _verl(function: Any, samples: Sequence[Sample], kwargs: Mapping[str, Any], grouped: bool) -> list[Verdict]:
@@ -293,17 +293,25 @@ def _column(values: Any, count: int, what: str, one_for_all: bool = False) -> li
     return list(values)
 
 
-def _verdict(value: Any, extra: Mapping[str, Any] | None = None) -> Verdict:
-    """Numbers of `extra` become parts, all else info."""
-    verdict: Verdict = {"value": _plain_number(value), "parts": {}, "info": {}}
+def _verdict(
+    value: Any, extra: Mapping[str, Any] | None = None, info: Mapping[str, Any] | None = None
+) -> Verdict:
+    """Numbers of `extra` become parts, all else of it info."""
+    parts: dict[str, float | None] = {}
+    further: dict[str, Any] = dict(info or {})
     for key, entry in (extra or {}).items():
-        entry, key = entry.tolist() if hasattr(entry, "tolist") else entry, str(key)
+        entry = entry.tolist() if hasattr(entry, "tolist") else entry
         if isinstance(entry, bool | int | float):
-            verdict["parts"][key] = float(entry) if math.isfinite(entry) else None
+            parts[str(key)] = float(entry) if math.isfinite(entry) else None
         else:
-            entry = json.loads(json.dumps(entry, default=repr))
-            verdict["info"][key + "_" if key in _RESERVED else key] = entry
-    return verdict
+            further[key] = entry
+    plain = {str(key): json.loads(json.dumps(entry, default=_json)) for key, entry in further.items()}
+    kept = {key + "_" if key in _RESERVED else key: entry for key, entry in plain.items()}
+    return {"value": _plain_number(value), "parts": parts, "info": kept}
+
+
+def _json(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _plain_number(value: Any) -> Any:

@@ -37,7 +37,8 @@ def as_trl(
     logged as a warning). `name`: TRL's name for it. `answer_column`: the data's column of the gold answer. The parts
     go to log_extra (one value per completion) and their means to log_metric, as `name/part`, with
     `name/error_share`. More errors than `max_error_share` of a batch raise RewardFailure. It can be pickled if
-    `rewards` is a configuration section; `options` are those of build_rewards. ValueError as there.
+    `rewards` is a configuration section; `options` are those of build_rewards. ValueError as there, and in the first
+    batch for a column that the data lack.
     """
     if isinstance(rewards, Rewards) and options:
         raise ValueError(f"as_trl: {sorted(options)} come too late for rewards that are built; give the mapping")
@@ -144,6 +145,8 @@ class _TrlReward:
             ids = None if completion_ids is None else completion_ids[i]
             inputs.append(RewardInput(prompt, _text(completion), fields, ids, group=repr(prompt)))
         rewards = self._source.get()
+        if inputs:
+            rewards.check(inputs[0].fields)
         scores = rewards.score(inputs)
         raise_if_failing(scores, self._max_error_share)
         self._report(rewards, scores, log_extra, log_metric)
