@@ -42,7 +42,9 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
     else:
         raise ValueError("data.path and data.task are both empty; set data.path to a file or data.task to a task name")
     if config.eval_path:
-        held_out = [row._replace(id=f"eval/{row.id}") for row in _read(Path(config.eval_path), "data.eval_path", config.format)]
+        held_out = [
+            row._replace(id=f"eval/{row.id}") for row in _read(Path(config.eval_path), "data.eval_path", config.format)
+        ]
     else:
         rows, held_out = _split(rows, config)
     if config.eval_size and len(held_out) > config.eval_size:  # by hash: a file may be sorted by difficulty

@@ -50,7 +50,7 @@ class Convention:
 def _own(function: Any, samples: Sequence[Sample], kwargs: Mapping[str, Any], grouped: bool) -> list[Verdict]:
     [sample] = samples
     columns = {key: value for key, value in sample["fields"].items() if key not in ("completion", "prompt")}
-    given = _accepted(function, columns | kwargs)
+    given = _accepted(function, {**columns, **kwargs})
     return [_verdict(_settled(function(sample["completion"], sample["prompt"], **given)))]
 
 
@@ -175,7 +175,9 @@ def _slime(function: Any, samples: Sequence[Sample], kwargs: Mapping[str, Any], 
     for answer in answers:
         if isinstance(answer, Mapping):
             if args.reward_key is None:
-                raise TypeError(f"returned a dict of {sorted(map(str, answer))}; say which one counts: kwargs.reward_key")
+                raise TypeError(
+                    f"returned a dict of {sorted(map(str, answer))}; say which one counts: kwargs.reward_key"
+                )
             rest = {key: value for key, value in answer.items() if key != args.reward_key}
             verdicts.append(_verdict(_entry(answer, args.reward_key), rest))
         else:
@@ -293,9 +295,7 @@ def _column(values: Any, count: int, what: str, one_for_all: bool = False) -> li
     return list(values)
 
 
-def _verdict(
-    value: Any, extra: Mapping[str, Any] | None = None, info: Mapping[str, Any] | None = None
-) -> Verdict:
+def _verdict(value: Any, extra: Mapping[str, Any] | None = None, info: Mapping[str, Any] | None = None) -> Verdict:
     """Numbers of `extra` become parts, all else of it info."""
     parts: dict[str, float | None] = {}
     further: dict[str, Any] = dict(info or {})
@@ -333,7 +333,11 @@ STYLES = {
         _openrlhf, groups=True, first=("queries", "prompts", "labels"), columns={"labels": "answer"}
     ),
     "slime": Convention(
-        _slime, groups=True, first=("args", "sample"), columns={"label": "answer", "metadata": "metadata"}, token_ids=True
+        _slime,
+        groups=True,
+        first=("args", "sample"),
+        columns={"label": "answer", "metadata": "metadata"},
+        token_ids=True,
     ),
     "verifiers": Convention(_verifiers, groups=True, columns={"answer": "answer", "info": "info", "task": "task"}),
 }

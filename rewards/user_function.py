@@ -168,9 +168,7 @@ def _spec(module: str) -> ModuleSpec | None:
     return spec
 
 
-def _signature(
-    name: str, source: Path, attribute: str, style: str
-) -> tuple[frozenset[str], frozenset[str] | None]:
+def _signature(name: str, source: Path, attribute: str, style: str) -> tuple[frozenset[str], frozenset[str] | None]:
     """(fields the function requires, fields it takes or None for all), read from its source without running it."""
     convention = STYLES[style]
     taken = None if convention.columns is None else frozenset(convention.columns.values())

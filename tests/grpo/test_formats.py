@@ -138,7 +138,9 @@ def test_a_format_fills_in_what_is_not_given_and_survives_a_saved_configuration(
 
 def test_errors_name_key_and_remedy(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [{"prompt": "q", "reward_model": {"style": "rule"}}])
-    with pytest.raises(ValueError, match=r"no column 'reward_model.ground_truth'; it has prompt, reward_model; set data.answer_column"):
+    with pytest.raises(
+        ValueError, match=r"no column 'reward_model.ground_truth'; it has prompt, reward_model; set data.answer_column"
+    ):
         prompts(path, format="verl")
     with pytest.raises(ValueError, match=r"data.prompt_template 'User: ' needs one \{\}"):
         DataConfig(prompt_template="User: ")

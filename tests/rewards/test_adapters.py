@@ -202,9 +202,8 @@ def test_verl_functions_and_files(build):
     fields = {"data_source": "openai/gsm8k", "answer": {"target": "4"}, "extra_info": {"split": "test"}}
     rewards = build(VERL, "compute_score", style="verl")
     assert rewards.needs() == {"answer", "data_source"}
-    right, wrong, unknown = rewards.score(
-        [RewardInput("q", "#### 4", fields), RewardInput("q", "5", fields), RewardInput("q", "4", fields | {"data_source": "x"})]
-    )  # fmt: skip
+    right, wrong = rewards.score([RewardInput("q", text, fields) for text in ("#### 4", "5")])
+    [unknown] = rewards.score([RewardInput("q", "4", fields | {"data_source": "x"})])
     assert (right.value, wrong.value) == (1.0, -1.0)
     assert right.info["mine"]["parts"] == {"acc": 1.0}
     assert right.info["mine"]["pred"] == "#### 4" and right.info["mine"]["split"] == "test"
@@ -249,7 +248,11 @@ def test_slime_gets_a_sample(build):
     keyless = build(SLIME, "custom_rm", style="slime").score([RewardInput("q", "4", fields)])[0]
     assert keyless.status is Status.ERROR and "reward_key" in keyless.info["mine"]["reason"]
     groups = build(SLIME, "groups", style="slime", batch="group")
-    assert [score.value for score in groups.score([chat("aa", "1"), chat("a", "1"), chat("aaa", "2")])] == [0.0, 1.0, 1.0]
+    assert [score.value for score in groups.score([chat("aa", "1"), chat("a", "1"), chat("aaa", "2")])] == [
+        0.0,
+        1.0,
+        1.0,
+    ]
     plain = build(SLIME, "plain", style="slime", kwargs={"scale": 2})
     assert plain.needs() == set() and plain.score([RewardInput("q", "abc")])[0].value == 6.0
 
