@@ -58,7 +58,7 @@ import asyncio
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     if data_source != "openai/gsm8k":
-        raise NotImplementedError(f"no reward for {data_source}")
+        raise LookupError(f"no reward for {data_source}")
     right = solution_str.endswith(ground_truth["target"])
     return {"score": 1.0 if right else -1.0, "acc": right, "pred": solution_str, "split": extra_info["split"]}
 
