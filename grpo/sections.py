@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .formats import filled_in
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, validate_default=True)
@@ -99,6 +101,9 @@ class DataConfig(Section):
 
     path: str = ""
     """JSONL or Parquet file, or a directory saved by HF datasets."""
+    format: Literal["", "trl", "verl", "openrlhf", "slime"] = ""
+    """Whose data set it is: fills in the columns below that are not given. trl: prompt, completion, solution, and
+    chosen and rejected; verl: prompt, reward_model.ground_truth; openrlhf: input, label; slime: prompt, label."""
     task: str = ""
     """Instead of `path`: name of a reasoning-gym task, generated on the spot, or `needle` (grpo/needle.py)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
@@ -113,15 +118,17 @@ class DataConfig(Section):
     eval_size: int = Field(default=256, ge=0)
     """Held-out prompts of an evaluation. 0: all."""
     prompt_column: str = "prompt"
-    """Column of the prompt: a string, or a list of chat messages."""
+    """Column of the prompt: a string, or a list of chat messages. Dots lead into nested columns, as in the next."""
     answer_column: str = "answer"
-    """Column of the gold answer."""
+    """Column of the gold answer, e.g. `answer` or `reward_model.ground_truth`."""
     answer_pattern: str = ""
     """Regular expression with one group that takes the gold answer out of its column, e.g. `#### (.+)` for GSM8K."""
     prompt_pattern: str = ""
     """Regular expression with one group: what it captures in the prompt becomes the prompt."""
+    prompt_template: str = ""
+    """Text around a string prompt, which stands for `{}`: OpenRLHF's input_template. Empty: none."""
     completion_column: str = ""
-    """Column that SFT trains the model to answer with."""
+    """Column that SFT trains the model to answer with: a string, or one assistant message."""
     completion_template: str = ""
     """Instead of completion_column: built from the row's columns, e.g. `<answer>{answer}</answer>`."""
     text_column: str = "text"
@@ -137,6 +144,11 @@ class DataConfig(Section):
     shuffle: bool = True
     """Visit the prompts in a new order (by run.seed) each epoch."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _format(cls, given: Any) -> Any:
+        return filled_in(given) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if self.path and self.task:
@@ -149,6 +161,15 @@ class DataConfig(Section):
                 raise ValueError(f"data.{key} {pattern!r} is not a regular expression: {err}") from err
             if pattern and groups != 1:
                 raise ValueError(f"data.{key} {pattern!r} must have exactly one (group); it has {groups}")
+        template = self.prompt_template
+        try:
+            filled = [template.format(text) for text in ("a", "b")]
+        except (ValueError, IndexError, KeyError, AttributeError):
+            filled = []
+        if template and len(set(filled)) < 2:
+            raise ValueError(
+                f"data.prompt_template {template!r} needs one {{}} where the prompt goes, and {{{{ for a plain {{"
+            )
         return self
 
 

@@ -27,7 +27,7 @@ REGISTRY = {
     "soft_overlong": "rewards.length_rules:soft_overlong",
 }
 _COMMON = ("weight", "gated_by", "clip", "when", "kind")
-_OWN_FUNCTION = ("function", "timeout")
+_OWN_FUNCTION = ("function", "timeout", "style", "batch", "kwargs")
 
 
 def build_rewards(
@@ -43,7 +43,7 @@ def build_rewards(
 
     Options of every reward: `weight`; `gated_by` another reward, which must be above 0; `clip: [low, high]`;
     `when: {column: value or list of values}`, the rows it is for; `kind`, the built-in reward meant where the name is
-    one of your own (two judges); `function`, a function of your own.
+    one of your own (two judges); `function`, a function of your own, or with a `style` of another framework.
 
     `workers` processes with `memory_gb` of address space each (started on first use) run math_answer and users'
     functions. `cache`: a file that keeps the verdicts of rewards that do not run inline. `resources` are objects a
@@ -81,9 +81,7 @@ def _part(
         if name in REGISTRY:
             raise ValueError(f"rewards.{name} is built in, so it takes no function; give your function another name")
         _check_options(name, options, _OWN_FUNCTION)
-        rule = user_function(
-            name, options["function"], pool=resources["pool"], timeout=float(options.get("timeout", 10.0))
-        )
+        rule = user_function(name, pool=resources["pool"], **options)
     else:
         rule = _built_in(name, dict(options), resources)
     if cache is not None and rule.runs != "inline" and not rule.grouped:

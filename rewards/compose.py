@@ -88,9 +88,9 @@ class Rewards:
         """One total per input, in order.
 
         value: sum of weight * term over the parts that apply; terms: what each counted with, unweighted; parts: every
-        part's own value; info: {part: {"status", ...}}. A NOT_APPLICABLE part is left out. A part of non-zero weight
-        that failed (ERROR, TIMEOUT, UNPARSEABLE_GOLD) makes the total that status without a value: a sample is never
-        scored lower because a grader broke. A part of weight 0 is only watched.
+        part's own value; info: {part: {"status", its own "parts" if it has some, ...}}. A NOT_APPLICABLE part is left
+        out. A part of non-zero weight that failed (ERROR, TIMEOUT, UNPARSEABLE_GOLD) makes the total that status
+        without a value: a sample is never scored lower because a grader broke. A part of weight 0 is only watched.
         """
         waiting = [name for name, part in self.parts.items() if part.rule.runs != "inline"]
         with ThreadPoolExecutor(max(1, len(waiting))) as threads:  # they wait for processes or servers, side by side
@@ -121,6 +121,8 @@ class Rewards:
         for name, part in self.parts.items():
             score = scores[name]
             info[name] = {"status": str(score.status), **score.info}
+            if score.parts:
+                info[name]["parts"] = dict(score.parts)
             if not part.weight:
                 continue
             value, status = score.value, score.status
