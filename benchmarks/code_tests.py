@@ -1,4 +1,4 @@
-"""The code reward on HumanEval against the usual judge, on right solutions and on cheats. Writes results/code_tests.json.
+"""The code reward on HumanEval against the usual judge, right solutions and cheats. Writes results/code_tests.json.
 
     python -m benchmarks.code_tests
 

@@ -109,16 +109,17 @@ def _check_sandbox(pool: WorkerPool, options: Mapping[str, Any]) -> None:
 
 
 def _score(answer: Answer) -> Score:
-    took = {"queue_s": answer.queue_s, "run_s": answer.run_s}
+    queue_s, run_s = answer.queue_s, answer.run_s
     if answer.status is Status.TIMEOUT:  # the sandbox keeps its own time, so a value it gave made the test hang
-        return Score(0.0, info={"reason": f"the test took too long: {answer.reason}", "timed_out": True}, **took)
+        info = {"reason": f"the test took too long: {answer.reason}", "timed_out": True}
+        return Score(0.0, info=info, queue_s=queue_s, run_s=run_s)
     if answer.status is not Status.OK:
-        return failure(answer.status, answer.reason, **took)
+        return failure(answer.status, answer.reason, queue_s, run_s)
     verdict = answer.result
     if "broken" in verdict:
-        return failure(Status.UNPARSEABLE_GOLD, f"the row's test {verdict['broken']}", **took)
+        return failure(Status.UNPARSEABLE_GOLD, f"the row's test {verdict['broken']}", queue_s, run_s)
     info = {key: verdict[key] for key in ("reason", "timed_out") if verdict.get(key)}
-    return Score(float(verdict["value"]), info=info, **took)
+    return Score(float(verdict["value"]), info=info, queue_s=queue_s, run_s=run_s)
 
 
 def program(text: str) -> str:

@@ -121,7 +121,7 @@ def program(machine: str = "") -> bytes:
     when(ioctl, (_LOAD, 0, 0, _ARGUMENTS + 8), (_EQUAL, 1, 0, first), (_EQUAL, 0, 1, second), denied, allowed)
     families = [(_EQUAL, len(_FAMILIES) - place, 0, family) for place, family in enumerate(_FAMILIES)]
     when(socket, (_LOAD, 0, 0, _ARGUMENTS), *families, denied, allowed)
-    numbers = [pair[column] for pair in DENIED.values() if pair[column] is not None]
+    numbers = [number for pair in DENIED.values() if (number := pair[column]) is not None]
     for place, number in enumerate(numbers):
         lines.append((_EQUAL, len(numbers) - place, 0, number))  # to the last line
     give(_ALLOW)

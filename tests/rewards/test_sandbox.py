@@ -265,7 +265,9 @@ with Sandbox(functools.partial(slot.start, Limits(5, 1 << 30)), 5) as sandbox:
     sandbox.ask({"source": sys.argv[2], "stdin": False})
     print(sandbox.ask(("f", (), {})))
 """
-    done = subprocess.run([python, "-c", script, str(root), forks], user=64321, group=64321, extra_groups=[], cwd="/", env={},
-                          capture_output=True, text=True)  # fmt: skip
+    command, nobody = [python, "-c", script, str(root), forks], 64321
+    done = subprocess.run(
+        command, user=nobody, group=nobody, extra_groups=[], cwd="/", env={}, capture_output=True, text=True
+    )
     assert re.fullmatch(r"\(\d\d, 64321\)\n", done.stdout), done.stderr
     assert int(done.stdout[1:3]) < 40
