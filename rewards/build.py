@@ -17,6 +17,7 @@ from rewards.user_function import user_function
 from rewards.worker import WorkerPool
 
 REGISTRY = {
+    "code_tests": "rewards.code_tests:code_tests",
     "math_answer": "rewards.math_answer:math_answer",
     "exact_match": "rewards.text_rules:exact_match",
     "format_tags": "rewards.text_rules:format_tags",
