@@ -138,7 +138,11 @@ def _threshold(
     if samples.right is None or not known.any():
         return None, None
     labelled = known & np.isfinite(samples.labels)
-    return (classification.best_threshold(values[labelled], samples.right[labelled]), "best") if labelled.any() else (None, None)
+    return (
+        (classification.best_threshold(values[labelled], samples.right[labelled]), "best")
+        if labelled.any()
+        else (None, None)
+    )
 
 
 def _against_labels(samples: Samples, values: np.ndarray, threshold: float | None) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def _ranking(samples: Samples, values: np.ndarray) -> dict[str, Any]:
     counts = ranking.pair_counts(value, label, group, samples.groups)
     mixed = counts[:, 0] > 0
     if mixed.any():
-        pairs, won, tied = counts.sum(0)
+        pairs, _, tied = counts.sum(0)
         share = np.zeros(samples.groups)
         share[mixed] = (counts[mixed, 1] + counts[mixed, 2] / 2) / counts[mixed, 0]
         every = np.arange(samples.groups)
@@ -320,7 +324,7 @@ def _group_signal(samples: Samples, values: np.ndarray, binary: bool) -> dict[st
         by = group_signal.group_means(samples.right[labelled].astype(float), samples.group[labelled], samples.groups)
     bins = []
     if binary or samples.right is not None:
-        place = np.minimum(np.nan_to_num(by * 10).astype(int), 9)
+        place = np.minimum(np.nan_to_num(by * 10 + 1e-9).astype(int), 9)
         for i in range(10):
             inside = several & (place == i) & np.isfinite(by)
             bins.append({"from": i / 10, "to": (i + 1) / 10, "groups": int(inside.sum()),

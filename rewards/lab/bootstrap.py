@@ -1,4 +1,4 @@
-"""95 % intervals by the bootstrap over prompts: samples of one prompt are no independent evidence, so they stay together.
+"""95 % intervals by the bootstrap over prompts: samples of one prompt are no independent evidence and stay together.
 
 A metric that is a function of sums over samples needs one matrix product for all draws.
 """

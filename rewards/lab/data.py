@@ -53,7 +53,7 @@ class LabData:
     sources: Sequence[str | None]
 
 
-def load(path: str | Path, columns: Columns = Columns(), needs_answer: bool = True) -> LabData:  # noqa: B008
+def load(path: str | Path, columns: Columns = Columns(), needs_answer: bool = True) -> LabData:
     """Reads the file. Raises ValueError naming file, line, column and remedy.
 
     prompt, completion and answer are the default columns; a label is read only where one is named or the shape of the
@@ -164,9 +164,7 @@ def _recognise(row: Mapping[str, Any], given: Columns) -> tuple[str, Columns]:
     )
 
 
-def _samples(
-    where: str, row: dict[str, Any], columns: Columns, shape: str, needs_answer: bool
-) -> Iterator[_Sample]:
+def _samples(where: str, row: dict[str, Any], columns: Columns, shape: str, needs_answer: bool) -> Iterator[_Sample]:
     pairs = shape == "pairs"
     paths = [path.strip() for path in columns.completion.split(",")]
     values = [_value(where, row, path, "completion") for path in paths]
@@ -176,7 +174,9 @@ def _samples(
         names = [str(place) for place in range(len(values))]
     elif len(values) == 1:
         names = [""]
-    labels: list[float | None] = [1.0, 0.0] if pairs and not columns.label else _labels(where, row, columns, len(values))
+    labels: list[float | None] = (
+        [1.0, 0.0] if pairs and not columns.label else _labels(where, row, columns, len(values))
+    )
     fields = dict(row)
     answer = _answer(where, row, columns, needs_answer)
     if answer is not None:
@@ -186,9 +186,7 @@ def _samples(
         yield _Sample(where, name, row, prompt, completion, fields, label)
 
 
-def _texts(
-    where: str, row: Mapping[str, Any], columns: Columns, value: Any, may_have_prompt: bool
-) -> tuple[Any, str]:
+def _texts(where: str, row: Mapping[str, Any], columns: Columns, value: Any, may_have_prompt: bool) -> tuple[Any, str]:
     """(prompt, completion) of one sample; a chat's completion is what its last message says."""
     before: list[Any] = []
     if _is_chat(value):
@@ -235,7 +233,9 @@ def _answer(where: str, row: Mapping[str, Any], columns: Columns, needed: bool) 
         return None
     value = _value(where, row, columns.answer, "answer")
     if value is None and needed:
-        raise ValueError(f"{where}: the gold answer in column {columns.answer!r} is null; fill it in or leave the row out")
+        raise ValueError(
+            f"{where}: the gold answer in column {columns.answer!r} is null; fill it in or leave the row out"
+        )
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -252,9 +252,11 @@ def _value(where: str, row: Mapping[str, Any], path: str, job: str) -> Any:
     """The value at a dotted path. ValueError names the nearest column there is and the option that names another."""
     if not _has(row, path):
         names = [*row, *(f"{name}.{key}" for name, value in row.items() if isinstance(value, Mapping) for key in value)]
-        close = difflib.get_close_matches(path, names, n=1, cutoff=0.6) or [
-            name for name in ALIASES[job] if name in row and path == job
-        ] or difflib.get_close_matches(path, names, n=1, cutoff=0.0)
+        close = (
+            difflib.get_close_matches(path, names, n=1, cutoff=0.6)
+            or [name for name in ALIASES[job] if name in row and path == job]
+            or difflib.get_close_matches(path, names, n=1, cutoff=0.0)
+        )
         near = f", did you mean {close[0]!r}?" if close else ";"
         raise ValueError(
             f"{where}: no column {path!r}{near} it has {', '.join(row)}; name the {job}'s column with --{job}"

@@ -41,7 +41,7 @@ def evaluate(
     path: str | Path,
     mapping: Mapping[str, Any],
     out: str | Path,
-    options: Options = Options(),  # noqa: B008
+    options: Options = Options(),
     progress: running.Progress = lambda what, done, total: None,
     **resources: Any,
 ) -> Evaluation:
@@ -112,7 +112,9 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"--out {str(out)!r} is not empty; choose another directory, or replace it with --overwrite")
     if not (out / "report.json").is_file():
-        raise ValueError(f"--out {str(out)!r} holds no report, so --overwrite does not touch it; choose another directory")
+        raise ValueError(
+            f"--out {str(out)!r} holds no report, so --overwrite does not touch it; choose another directory"
+        )
     for name in report.FILES:
         (out / name).unlink(missing_ok=True)
 
@@ -122,7 +124,9 @@ def _check_needs(rewards: Rewards, data: LabData) -> None:
     for place, sample in enumerate(data.inputs):
         for name, part in rewards.parts.items():
             for column in sorted(part.when.keys() - sample.fields.keys()):
-                raise ValueError(f"{data.where[place]}: rewards.{name}.when names the column {column!r}, which is not there")
+                raise ValueError(
+                    f"{data.where[place]}: rewards.{name}.when names the column {column!r}, which is not there"
+                )
             for column in sorted(part.rule.needs - sample.fields.keys()) if part.counts_in(sample.fields) else ():
                 close = difflib.get_close_matches(column, list(sample.fields), n=1, cutoff=0.5)
                 near = f", did you mean {close[0]!r}?" if close else ";"

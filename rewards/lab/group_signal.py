@@ -102,9 +102,7 @@ def gradient_shares(
 
 def pass_at_k(samples: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
     """[groups] 1 - C(n - c, k) / C(n, k), the unbiased estimate of arXiv 2107.03374 eq. 1; NaN where n < k."""
-    return np.array(
-        [1 - comb(int(n - c), k) / comb(int(n), k) if n >= k else np.nan for n, c in zip(samples, right)]
-    )
+    return np.array([1 - comb(int(n - c), k) / comb(int(n), k) if n >= k else np.nan for n, c in zip(samples, right)])
 
 
 def maj_at_k(answers: Sequence[str | None], right: np.ndarray, k: int) -> float:

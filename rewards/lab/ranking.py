@@ -1,7 +1,8 @@
-"""Statistics of scores that rank: ROC, pairs within a prompt, best of n, calibration, rank correlation. NaN: unknown."""
+"""Statistics of scores that rank: ROC, pairs within a prompt, best of n, calibration, correlation. NaN: unknown."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import comb
 
 import numpy as np
@@ -36,7 +37,7 @@ def roc(values: np.ndarray, right: np.ndarray, points: int = 200) -> list[list[f
 
 
 def pair_counts(values: np.ndarray, labels: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """[groups, 3]: pairs of samples of a group with different labels; of them, the better scored higher; scored equal."""
+    """[groups, 3]: pairs of samples of a group with different labels; scored in the labels' order; scored equal."""
     counts = np.zeros((groups, 3))
     order = np.argsort(group, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
@@ -59,7 +60,7 @@ def best_of_n(values: np.ndarray, labels: np.ndarray, n: int) -> float:
     levels, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     means = np.bincount(place, labels, minlength=len(levels)) / counts
     upto = np.concatenate([[0], np.cumsum(counts)])
-    ways = [comb(int(high), n) - comb(int(low), n) for low, high in zip(upto, upto[1:])]
+    ways = [comb(int(high), n) - comb(int(low), n) for low, high in pairwise(upto)]
     return float(sum(way / comb(total, n) * mean for way, mean in zip(ways, means)))
 
 
@@ -118,6 +119,8 @@ def correlation_columns(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.stack([np.ones(len(a)), a, b, a * a, b * b, a * b], axis=1)
 
 
-def correlation_of(n: np.ndarray, a: np.ndarray, b: np.ndarray, aa: np.ndarray, bb: np.ndarray, ab: np.ndarray) -> np.ndarray:
+def correlation_of(
+    n: np.ndarray, a: np.ndarray, b: np.ndarray, aa: np.ndarray, bb: np.ndarray, ab: np.ndarray
+) -> np.ndarray:
     """Pearson's correlation from sums; NaN where a side does not vary."""
     return (n * ab - a * b) / np.sqrt((n * aa - a * a) * (n * bb - b * b))

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from rewards.records import Score
 
 SCHEMA = 1
 STEP = 512  # samples of a training step, for the projected seconds
-PACKAGES = ("grpo-v3", "numpy", "math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime", "transformers")
+PACKAGES = (
+    "grpo-v3",
+    "numpy",
+    "math-verify",
+    "latex2sympy2_extended",
+    "sympy",
+    "antlr4-python3-runtime",
+    "transformers",
+)
 FILES = ("report.json", "report.html", "scores.parquet", "disagreements.jsonl")
 
 
@@ -38,7 +47,7 @@ def known_samples(data: LabData) -> tuple[blocks.Samples, list[tuple[str, str | 
     if 1 < len(set(sources)) <= 20:
         slices["source"] = sources
     cuts = np.unique(np.quantile(length, [0.25, 0.5, 0.75]).astype(int))
-    ranges = [f"up to {cuts[0]}", *(f"{low + 1} to {high}" for low, high in zip(cuts, cuts[1:])), f"over {cuts[-1]}"]
+    ranges = [f"up to {cuts[0]}", *(f"{low + 1} to {high}" for low, high in pairwise(cuts)), f"over {cuts[-1]}"]
     slices["length"] = [f"{ranges[place]} characters" for place in np.searchsorted(cuts, length, "left")]
     slices["format"] = [form for form, _ in answers]
     right = labels >= 0.5 if on_scale else None

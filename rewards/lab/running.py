@@ -1,4 +1,4 @@
-"""Running rewards over the lab's samples: in batches of whole groups as a step would, timed, and again in other ways."""
+"""Running rewards over the lab's samples: in batches of whole groups, as a step would, timed; and in other ways."""
 
 from __future__ import annotations
 

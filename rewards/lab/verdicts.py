@@ -69,7 +69,7 @@ def _failures(block: Mapping[str, Any], say: Say) -> None:
 
 
 def _never_varies(name: str, block: Mapping[str, Any], rows: Rows, say: Say) -> bool:
-    """A reward that is the same for all samples, or within every group, teaches nothing; often the format is at fault."""
+    """A reward that is the same for all samples of every group teaches nothing; often the format is at fault."""
     if block["distinct"] > 1 and block["zero_variance_observed"] != 1.0:
         return False
     if not block["distinct"]:
@@ -86,7 +86,11 @@ def _never_varies(name: str, block: Mapping[str, Any], rows: Rows, say: Say) -> 
             _mismatch(missed),
         )
     else:
-        say("bad", f"{what}: every group has zero variance and teaches nothing", "look at what it reads; probe it with --probes")
+        say(
+            "bad",
+            f"{what}: every group has zero variance and teaches nothing",
+            "look at what it reads; probe it with --probes",
+        )
     return True
 
 
@@ -119,7 +123,9 @@ def _labels(name: str, block: Mapping[str, Any], rows: Rows, say: Say) -> None:
         say("good", f"agrees with the labels on all {scored:,} samples: 100.0 %, no false positive, no false negative")
         return
     if block["threshold_from"] != "values":  # a score, not a verdict: how it ranks says more
-        pairs = "" if block["pair_accuracy"] is None else f", within a prompt {percent(block['pair_accuracy'])} of pairs"
+        pairs = (
+            "" if block["pair_accuracy"] is None else f", within a prompt {percent(block['pair_accuracy'])} of pairs"
+        )
         if block["auc"] is not None:
             bad = block["auc"] < 0.5
             say(
@@ -136,7 +142,7 @@ def _labels(name: str, block: Mapping[str, Any], rows: Rows, say: Say) -> None:
     if block["youden_j"] is not None and block["youden_j"] <= 0:
         say(
             "bad",
-            f"Youden's J is {block['youden_j']:.2f}: it pays wrong answers as often as right ones, so a policy unlearns",
+            f"Youden's J is {block['youden_j']:.2f}: it pays wrong answers as readily as right ones",
             "do not train on it; look at disagreements.jsonl",
         )
     graded = [row for row in rows if row["label"] is not None and row[f"{name}.value"] is not None]
@@ -182,7 +188,10 @@ def _why_missed(name: str, missed: Rows, right: Rows) -> tuple[str, str]:
     reason, count = Counter(row[f"{name}.reason"] for row in missed).most_common(1)[0]
     if reason:
         return f" - most often ({count:,}): {reason[:80]}", "read them in disagreements.jsonl"
-    return f" - e.g. {missed[0]['where']} with gold {str(missed[0]['answer'])[-40:]!r}", "read them in disagreements.jsonl"
+    return (
+        f" - e.g. {missed[0]['where']} with gold {str(missed[0]['answer'])[-40:]!r}",
+        "read them in disagreements.jsonl",
+    )
 
 
 def _groups(block: Mapping[str, Any], labelled: bool, say: Say) -> None:
@@ -198,7 +207,11 @@ def _groups(block: Mapping[str, Any], labelled: bool, say: Say) -> None:
                 remedy += "; the prompts are hard for this policy"
             elif zero is not None and one > 2 * zero:
                 remedy += "; the prompts are easy for this policy"
-        say("warn" if share > 0.6 else "note", f"{percent(share)} of groups of {size} are all equal and teach nothing{parts}", remedy)
+        say(
+            "warn" if share > 0.6 else "note",
+            f"{percent(share)} of groups of {size} are all equal and teach nothing{parts}",
+            remedy,
+        )
     if labelled and block["sign_errors"] is not None and block["sign_errors"] > 0.05:
         say(
             "warn",
@@ -227,12 +240,12 @@ def _operation(block: Mapping[str, Any], say: Say) -> None:
             "warn",
             f"is not deterministic: with {worst['detail']}, {worst['flips'] + worst['status_flips']:,} of "
             f"{worst['samples']:,} scores change (by up to {worst['max_difference']:.3g})",
-            "resumed and repeated runs will differ; pin its seed, sampling or batch size, or keep verdicts with --cache",
+            "repeated runs will differ; pin its seed, sampling or batch size, or keep verdicts with --cache",
         )
     if (block["seconds_per_step"] or 0) > 10:
         say(
             "warn",
-            f"needs {block['seconds_per_step']:.0f} s for a step of 512 samples (p99 {block['run_ms']['p99']:.0f} ms each)",
+            f"needs {block['seconds_per_step']:.0f} s for a step of 512 samples (p99 {block['run_ms']['p99']:.0f} ms)",
             "use more workers (--workers, run.reward_workers), or a cheaper reward first",
         )
 
@@ -243,30 +256,32 @@ def _probes(report: Mapping[str, Any], found: list[dict[str, Any]]) -> None:
         failed = [probe for probe in mine if probe["result"] == "fail"]
         for probe in failed[:2]:
             more = f" ({len(failed) - 2} more probes fail)" if len(failed) > 2 and probe is failed[1] else ""
-            found.append(
-                {"level": "bad", "reward": name, "text": f"{probe['text']}{more}", "remedy": probe["remedy"]}
-            )
+            found.append({"level": "bad", "reward": name, "text": f"{probe['text']}{more}", "remedy": probe["remedy"]})
         if mine and not failed:
             ran = sum(probe["result"] == "pass" for probe in mine)
             found.append({"level": "good", "reward": name, "text": f"passes all {ran} probes", "remedy": ""})
 
 
 def _together(report: Mapping[str, Any], found: list[dict[str, Any]]) -> None:
+    def say(level: str, reward: str | None, text: str, remedy: str) -> None:
+        found.append({"level": level, "reward": reward, "text": text, "remedy": remedy})
+
     for row in report["agreement"]:
-        differ = row["only_a"] + row["only_b"]
-        pair = f"{row['a']} and {row['b']}"
-        if differ == 0 and report["rewards"][row["a"]]["distinct"] > 1:
-            found.append({"level": "note", "reward": None, "text": f"{pair} give the same verdict on all samples",
-                          "remedy": "keep the cheaper one"})  # fmt: skip
+        a, b, differ = row["a"], row["b"], row["only_a"] + row["only_b"]
+        if differ == 0 and report["rewards"][a]["distinct"] > 1:
+            say("note", None, f"{a} and {b} give the same verdict on all samples", "keep the cheaper one")
         elif differ and row["mcnemar_p"] < 0.01 and (row["kappa"] or 0) > 0.4:
-            sides = f"; the labels side with {row['a']} {row['a_right']:,} times, with {row['b']} {row['b_right']:,} times"
-            found.append({"level": "note", "reward": None,
-                          "text": f"{pair} differ on {differ:,} of {row['samples']:,} samples (kappa {row['kappa']:.2f})"
-                          + ("" if row["a_right"] is None else sides),
-                          "remedy": "read them in disagreements.jsonl"})  # fmt: skip
-    total = report["total"]
-    for name, share in ((total or {}).get("gradient_share") or {}).items():
-        if share is not None and (share < 0.01 or share > 0.95):
-            what = "works against the others" if share < 0 else f"drives {percent(share)} of the gradient"
-            found.append({"level": "warn" if share < 0 else "note", "reward": name, "text": f"{what} of the weighted total",
-                          "remedy": "change its weight, or leave it out" if share < 0.01 else "the other rewards hardly count; weigh them up"})  # fmt: skip
+            text = f"{a} and {b} differ on {differ:,} of {row['samples']:,} samples (kappa {row['kappa']:.2f})"
+            if row["a_right"] is not None:
+                text += f"; the labels side with {a} {row['a_right']:,} times, with {b} {row['b_right']:,} times"
+            say("note", None, text, "read them in disagreements.jsonl")
+    for name, share in ((report["total"] or {}).get("gradient_share") or {}).items():
+        if share is not None and share < 0:
+            say("warn", name, "works against the other rewards of the weighted total", "lower its weight, or gate it")
+        elif share is not None and (share < 0.01 or share > 0.95):
+            remedy = (
+                "raise its weight, or leave it out"
+                if share < 0.01
+                else "raise the weights of the others, if they matter"
+            )
+            say("note", name, f"drives {percent(share)} of the gradient of the weighted total", remedy)
