@@ -69,7 +69,7 @@ def make_prompts(
 
 
 def row_fields(row: Row, config: DataConfig, gold: bool = True) -> dict[str, Any]:
-    """What rewards see of a row: every column, and the gold answer as "answer". ValueError if `gold` and it has none."""
+    """What rewards see of a row: its columns, and the gold answer as "answer". ValueError where `gold` is not there."""
     fields = dict(row.columns)
     if config.answer_column and (gold or fields.get(config.answer_column) is not None):
         fields["answer"] = _gold(row, config)

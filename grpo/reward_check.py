@@ -73,7 +73,7 @@ def describe(checks: Sequence[Checked]) -> list[str]:
         for rows, what, remedy in (
             (check.low, f"of {check.golds:,} gold answers do not score {check.full:g}",
              "check data.answer_column, answer_pattern and the completion template"),
-            (check.empty, f"rows pay {check.full:g} for an empty completion", "the reward asks for nothing; tighten it"),
+            (check.empty, f"rows pay {check.full:g} for an empty completion", "tighten the reward"),
             (check.other, f"rows pay {check.full:g} for another row's gold answer",
              "the reward does not look at the answer; see data.answer_pattern"),
         ):  # fmt: skip
@@ -102,6 +102,10 @@ def _check(
         return result
     golds = [_gold(config, part, row, sample, own) for row, sample in zip(rows, inputs)]
     places = [place for place, gold in enumerate(golds) if gold is not None]
+    missing = [row for row, sample, gold in zip(rows, inputs, golds) if gold is None and part.counts_in(sample.fields)]
+    if not places:
+        result.unchecked = "it names no perfect completion for these rows; set data.completion_template"
+        return result
 
     def scores(what: str, samples: Sequence[RewardInput]) -> list[Score]:
         progress(f"{name}: {what}", 0, 0)
@@ -110,12 +114,13 @@ def _check(
     given = dict(zip(places, scores("gold answers", [_with(inputs[place], golds[place]) for place in places])))
     places = [place for place in places if given[place].status is not Status.NOT_APPLICABLE]
     if not places:
-        result.unchecked = "it applies to no gold answer (without a model there are no token ids)"
+        result.unchecked = "it applies to no gold answer (length rewards need a model's token ids)"
         return result
-    result.golds = len(places)
+    result.golds = len(places) + len(missing)
     best = max((score.value for score in given.values() if score.value is not None), default=1.0)
     full = result.full = rule.bounds[1] if rule.bounds else best
     result.low = [_low(rows[place], given[place]) for place in places if not _is_full(given[place], full)]
+    result.low += [f"{_short(row)} (no gold answer)" for row in missing]
     if full <= 0:  # a penalty: where nothing is said nothing is punished
         return result
     empty = scores("empty completions", [_with(inputs[place], "") for place in places])

@@ -18,7 +18,10 @@ def draw_weights(groups: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """[draws, groups]: how often each prompt is in a draw of `groups` prompts with replacement."""
     draws = max(100, min(draws, CELLS // max(1, groups)))
     rng = np.random.default_rng(seed)
-    return rng.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(np.float32)
+    weights = np.empty((draws, groups), dtype=np.float32)
+    for row in weights:
+        row[:] = np.bincount(rng.integers(groups, size=groups), minlength=groups)
+    return weights
 
 
 def sums_by_group(columns: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
