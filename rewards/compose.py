@@ -92,12 +92,21 @@ class Rewards:
         out. A part of non-zero weight that failed (ERROR, TIMEOUT, UNPARSEABLE_GOLD) makes the total that status
         without a value: a sample is never scored lower because a grader broke. A part of weight 0 is only watched.
         """
-        waiting = [name for name, part in self.parts.items() if part.rule.runs != "inline"]
+        return self.totals(self.part_scores(inputs))
+
+    def part_scores(self, inputs: Sequence[RewardInput], names: Iterable[str] = ()) -> dict[str, list[Score]]:
+        """Each part by itself (all, or those named), before gates and clipping: one Score per input, in order."""
+        chosen = {name: self.parts[name] for name in names or self.parts}
+        waiting = [name for name, part in chosen.items() if part.rule.runs != "inline"]
         with ThreadPoolExecutor(max(1, len(waiting))) as threads:  # they wait for processes or servers, side by side
-            futures = {name: threads.submit(_run, name, self.parts[name], inputs) for name in waiting}
-            columns = {name: _run(name, part, inputs) for name, part in self.parts.items() if name not in futures}
-            columns |= {name: future.result() for name, future in futures.items()}
-        return [self._total({name: columns[name][i] for name in self.parts}) for i in range(len(inputs))]
+            futures = {name: threads.submit(_run, name, chosen[name], inputs) for name in waiting}
+            columns = {name: _run(name, part, inputs) for name, part in chosen.items() if name not in futures}
+            return columns | {name: future.result() for name, future in futures.items()}
+
+    def totals(self, columns: Mapping[str, Sequence[Score]]) -> list[Score]:
+        """What `score` gives, from the scores of all parts."""
+        rows = zip(*(columns[name] for name in self.parts), strict=True)
+        return [self._total(dict(zip(self.parts, row))) for row in rows]
 
     def close(self) -> None:
         """Stop the worker processes and whatever else the rewards hold."""
