@@ -19,7 +19,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
 comma := ,
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
-BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement
+BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement reasoning_gym_holes
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14

@@ -17,14 +17,14 @@ from typing import Any
 
 RELATIONS = ("less than", "at least")
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-_TERMINATOR = re.compile(r"(?:[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[。！？]+)")
+_TERMINATOR = re.compile(r"(?:[.!?…]+[\"'\u201d\u2019)\]*_]*(?=\s|$)|[。\uff01\uff1f]+)")
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(\"'“‘\[])(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|no|fig|approx|dept|inc|ltd|co|corp|gen|col|rev|hon|cf|al|"
+    r"(?:^|[\s(\"'\u201c\u2018\[])(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|no|fig|approx|dept|inc|ltd|co|corp|gen|col|rev|hon|cf|al|"
     r"mt|jan|feb|mar|apr|aug|sept?|oct|nov|dec|[a-z](?:\.[a-z])*)$",
     re.IGNORECASE,
 )
 _LIST_NUMBER = re.compile(r"(?:^|\n)[ \t>*#-]*\d{1,3}$")
-_COMMAS = re.compile("[,，﹐،、]")
+_COMMAS = re.compile("[,\uff0c﹐،、]")
 
 
 def compare(count: float, relation: str, threshold: float) -> bool:
@@ -128,7 +128,7 @@ def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int,
     paragraphs = [part for part in text.split("\n\n") if part.strip()]
     if len(paragraphs) != num_paragraphs or not 1 <= nth_paragraph <= num_paragraphs:
         return False
-    word = re.match(r"\s*[\"'“‘]*([^\s.,?!'\"’”]*)", paragraphs[nth_paragraph - 1])
+    word = re.match(r"\s*[\"'\u201c\u2018]*([^\s.,?!'\"\u2019\u201d]*)", paragraphs[nth_paragraph - 1])
     return word is not None and word[1].lower() == first_word.strip().lower()
 
 
@@ -185,9 +185,7 @@ def json_format(text: str) -> bool:
 
 def title(text: str) -> bool:
     """A <<title>> that is not blank and stands on one line."""
-    return any(
-        line.partition("<<")[2].rpartition(">>")[0].strip("<> \t") for line in text.splitlines() if "<<" in line
-    )
+    return any(line.partition("<<")[2].rpartition(">>")[0].strip("<> \t") for line in text.splitlines() if "<<" in line)
 
 
 # ---- combination, start and end, case, punctuation ----
@@ -212,7 +210,7 @@ def end_checker(text: str, end_phrase: str) -> bool:
 
 def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> bool:
     """Words without a lower-case letter; `COVID-19`, `U.S.` and `I` are one each."""
-    found = re.findall(r"\w+(?:[-.'’/&]\w+)*", text)
+    found = re.findall(r"\w+(?:[-.'\u2019/&]\w+)*", text)
     return compare(sum(word.isupper() for word in found), capital_relation, capital_frequency)
 
 

@@ -17,8 +17,19 @@ from rewards.rule import Rule, each
 Instruction = tuple[str, dict[str, Any]]  # its id, the arguments of its check
 
 _COUNTS = frozenset(
-    "num_words num_sentences num_paragraphs nth_paragraph num_bullets num_highlights num_sections num_placeholders "
-    "frequency let_frequency capital_frequency".split()
+    {
+        "num_words",
+        "num_sentences",
+        "num_paragraphs",
+        "nth_paragraph",
+        "num_bullets",
+        "num_highlights",
+        "num_sections",
+        "num_placeholders",
+        "frequency",
+        "let_frequency",
+        "capital_frequency",
+    }
 )
 _LISTS = frozenset({"keywords", "forbidden_words"})
 
@@ -38,7 +49,7 @@ def read_instructions(fields: Mapping[str, Any]) -> list[Instruction]:
 
 
 def variants(text: str) -> list[str]:
-    """The eight texts of IFEval's loose accuracy: less its first line, its last line, both or none, with and without *."""
+    """IFEval's eight loose texts: without the first line, the last, both or neither, each with and without its *."""
     lines = text.split("\n")
     cut = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return cut + [part.replace("*", "") for part in cut]
@@ -69,7 +80,7 @@ def instruction_following(*, mode: str = "strict", partial: bool = False) -> Rul
 
     def score(sample: RewardInput) -> Score:
         instructions = read_instructions(sample.fields)
-        thought, closed, answer = sample.completion.rpartition("</think>")
+        _, closed, answer = sample.completion.rpartition("</think>")
         text = "" if not closed and "<think>" in answer else answer  # cut off while it was thinking
         verdicts = [follows(instruction, text, mode == "loose") for instruction in instructions]
         share = sum(verdicts) / len(verdicts)
