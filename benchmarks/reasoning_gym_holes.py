@@ -20,21 +20,33 @@ from rewards import RewardInput, build_rewards
 from rewards.reasoning_gym import GUESSABLE, REFUSED
 
 CLAIM = (
-    "No constant gets more than 0.011 on a data set that is taken by default, none is paid where it is wrong, "
-    "and every gold answer gets 1."
+    "On data sets taken by default no constant gets more than 0.011 where it is wrong, nor more than 0.02 by being "
+    "right now and then, and every gold answer gets 1."
 )
 ROWS, SEED, LIMIT = 100, 20250120, 0.011
+LUCK = 0.02
 FEWER = {"futoshiki": 20, "knight_swap": 20, "intermediate_integration": 5}  # slow to draw or to score
+NUMBERS = (
+    "basic_arithmetic",
+    "rearc",
+    "chain_sum",
+    "count_primes",
+    "gsm_symbolic",
+    "simple_equations",
+    "simple_geometry",
+    "polynomial_multiplication",
+)
+MORE = dict.fromkeys(NUMBERS, 1000) | {"polynomial_multiplication": 300}  # 0 or 1 is right now and then: how often?
 CONSTANTS = (
-    "0", "1", "-1", "2", "yes", "Yes", "no", "No", "True", "False", "A", "on", "x", "nan", "inf", "[]", "{}", "[[0]]",
-    "", "   ", "4*6*1*1", "infeasible",
+    "0", "1", "yes", "Yes", "no", "No", "True", "False", "A", "on", "x", "nan", "inf", "[]", "{}", "[[0]]",
+    "", "   ", "3*8*9/9", "infeasible",
 )  # fmt: skip
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     import reasoning_gym
 
-    count = FEWER.get(name, ROWS)
+    count = (FEWER | MORE).get(name, ROWS)
     dataset = reasoning_gym.create_dataset(name, size=count, seed=SEED)
     return [dataset[place] for place in range(count)]
 
@@ -58,11 +70,18 @@ def paid(
     """Means by what was tried (those above 0), in all and where it is not the gold answer."""
     mean = {what: sum(got) / len(got) for what, got in values.items()}
     wrong = {
-        what: sum(value for value, answer, gold in zip(got, tried[what], golds) if answer.strip() != gold.strip())
-        / len(got)
+        what: sum(value for value, answer, gold in zip(got, tried[what], golds) if not same(answer, gold)) / len(got)
         for what, got in values.items()
     }
     return {"paid": _above_0(mean), "paid_wrong": _above_0(wrong)}
+
+
+def same(answer: str, gold: str) -> bool:
+    """Equal but for case, or equal numbers."""
+    try:
+        return float(answer) == float(gold)
+    except ValueError:
+        return answer.strip().lower() == gold.strip().lower()
 
 
 def _above_0(means: Mapping[str, float]) -> dict[str, float]:
@@ -136,34 +155,29 @@ def main() -> None:
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    def most(of: Mapping[str, Any], key: str) -> float:
-        return max(of[key].values(), default=0.0)
+    def most(result: Mapping[str, Any], side: str, key: str) -> float:
+        """The most that a constant got."""
+        return max((value for what, value in result[side][key].items() if what in CONSTANTS), default=0.0)
+
+    def names(of: Mapping[str, Any], side: str, key: str, limit: float) -> list[str]:
+        return sorted(name for name, result in of.items() if most(result, side, key) > limit)
 
     taken = {name: result for name, result in results.items() if result["taken"] != "refused"}
     default = {name: result for name, result in taken.items() if result["taken"] == "yes"}
-    constants = set(CONSTANTS)
-    over = {
-        side: sorted(
-            n
-            for n, r in part.items()
-            if max((v for k, v in r[side]["paid"].items() if k in constants), default=0) > LIMIT
-        )
-        for side, part in (("library", results), ("ours", default))
-    }
     return {
         "data_sets_measured": len(results),
         "refused": sorted(REFUSED),
         "guessable": sorted(GUESSABLE),
         "taken_by_default": len(default),
-        "library_pays_a_constant": over["library"],
-        "library_pays_a_constant_where_it_is_wrong": sorted(
-            n for n, r in results.items() if most(r["library"], "paid_wrong") > LIMIT
-        ),
-        "library_raises": sorted(n for n, r in results.items() if r["library"]["raised"]),
-        "library_gold_below_1": sorted(n for n, r in results.items() if r["library"]["gold"] < 1),
-        "ours_pays_a_constant": over["ours"],
-        "ours_most_paid_where_wrong": max(most(r["ours"], "paid_wrong") for r in taken.values()),
-        "ours_gold_below_1": sorted(n for n, r in taken.items() if r["ours"]["gold"] < 1),
+        "library_pays_a_constant": names(results, "library", "paid", LIMIT),
+        "library_pays_a_constant_where_it_is_wrong": names(results, "library", "paid_wrong", LIMIT),
+        "library_raises": sorted(name for name, result in results.items() if result["library"]["raised"]),
+        "library_gold_below_1": sorted(name for name, result in results.items() if result["library"]["gold"] < 1),
+        "ours_pays_a_constant_where_it_is_wrong": names(taken, "ours", "paid_wrong", LIMIT),
+        "ours_most_paid_where_wrong": max(most(result, "ours", "paid_wrong") for result in taken.values()),
+        "ours_pays_a_constant_by_luck": names(default, "ours", "paid", LUCK),
+        "ours_most_paid_by_default": max(most(result, "ours", "paid") for result in default.values()),
+        "ours_gold_below_1": sorted(name for name, result in taken.items() if result["ours"]["gold"] < 1),
     }
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rewards.gym_checks import CHECKS
+from rewards.gym_checks import CHECKS, FIRST
 
 _NO_NUMBER = re.compile(r"(?<![^\W\d_])[-+]?(?:nan|inf|infinity)(?![^\W\d_])", re.IGNORECASE)
 
@@ -19,7 +19,7 @@ def make(name: str) -> Callable[[Mapping[str, Any]], tuple[float, str] | None]:
     """
     from reasoning_gym.factory import get_score_answer_fn
 
-    check = CHECKS.get(name)
+    check, first = CHECKS.get(name), FIRST.get(name)
     own = get_score_answer_fn(name)
 
     def right(answer: str, item: Mapping[str, Any]) -> bool:
@@ -27,6 +27,8 @@ def make(name: str) -> Callable[[Mapping[str, Any]], tuple[float, str] | None]:
             return check(answer, item["gold"], item["metadata"])
         if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(item["gold"]):
             return False  # it compares as equal to, or as near as, any number
+        if first is not None and not first(answer, item["gold"], item["metadata"]):
+            return False
         return own(answer, {"answer": item["gold"], "metadata": item["metadata"]}) >= 1.0
 
     def grade(item: Mapping[str, Any]) -> tuple[float, str] | None:

@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from rewards.instruction_checks import CHECKS, RELATIONS
@@ -109,7 +108,8 @@ def _arguments(name: str, given: Any) -> dict[str, Any]:
 
 def _argument(name: str, key: str, value: Any) -> Any:
     if key in _COUNTS:
-        if isinstance(value, bool) or not isinstance(value, Real) or value < 0 or value % 1:
+        value = value.item() if hasattr(value, "item") else value  # numpy's
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1:
             raise ValueError(f"{name!r} has {key} {value!r}; give a whole number, 0 or more")
         return int(value)
     if key.endswith("relation"):

@@ -32,25 +32,25 @@ REFUSED: Mapping[str, str] = {
     "intermediate_integration": "its scorer runs the answer as Python, and some gold answers restate the question",
 }
 _GUESSABLE_NAMES = """
-    acre aiw binary_alternation calendar_arithmetic circuit_logic codeio coin_flip count_bits course_schedule
+    acre aiw binary_alternation calendar_arithmetic circuit_logic coin_flip count_bits course_schedule
     family_relationships game_of_life game_of_life_halting gcd isomorphic_strings knight_swap largest_island
     letter_counting mahjong_puzzle manipulate_matrix maze number_sequence polynomial_equations power_function
-    products ransom_note rearc rectangle_count rotten_oranges self_reference shortest_path syllogism
+    products ransom_note rectangle_count rotten_oranges self_reference shortest_path syllogism
     zebra_puzzles
 """
 _OPEN_NAMES = """
     ab advanced_geometry arc_1d arc_agi base_conversion basic_arithmetic bf binary_matrix bitwise_arithmetic
-    caesar_cipher chain_sum color_cube_rotation complex_arithmetic count_primes countdown cryptarithm
+    caesar_cipher chain_sum codeio color_cube_rotation complex_arithmetic count_primes countdown cryptarithm
     decimal_arithmetic decimal_chain_sum dice emoji_mystery figlet_font fraction_simplification futoshiki
     group_anagrams gsm_symbolic jugs kakurasu knights_knaves lcm leg_counting letter_jumble list_functions
     mini_sudoku modulo_grid n_queens needle_haystack number_filtering number_format number_sorting
     palindrome_generation palindrome_partitioning path_star polynomial_multiplication pool_matrix
-    prime_factorization puzzle24 quantum_lock rotate_matrix sentence_reordering simple_equations simple_geometry
+    prime_factorization puzzle24 quantum_lock rearc rotate_matrix sentence_reordering simple_equations simple_geometry
     simple_integration sokoban spell_backward spiral_matrix string_insertion string_manipulation
     string_splitting string_synthesis sudoku survo time_intervals tower_of_hanoi tsumego word_ladder
     word_sequence_reversal word_sorting
 """
-# Guessable: a bare constant is right on more than 1.1 % of the rows, or some answer on more than 10 %.
+# Guessable: a bare constant is right on more than 2 % of the rows, or some answer on more than 10 %.
 GUESSABLE, OPEN = frozenset(_GUESSABLE_NAMES.split()), frozenset(_OPEN_NAMES.split())
 
 
@@ -186,6 +186,5 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes | bytearray):
         return [_plain(entry) for entry in value]
-    if hasattr(value, "tolist"):  # numpy
-        return _plain(value.tolist())
-    return str(value)
+    as_list = getattr(value, "tolist", None)  # numpy's
+    return str(value) if as_list is None else _plain(as_list())

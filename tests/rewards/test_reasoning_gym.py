@@ -73,6 +73,7 @@ def test_the_known_holes_are_shut(rewards):
     assert values(rewards, halting, "anything", "True", "False") == [0.0, 0.0, 1.0]
     coin = {"answer": "0.375", "metadata": {"source_dataset": "coin_flip"}}
     assert values(rewards, coin, "0", "0.3", "0.375", "3/8", "0.37504", "3/0", "nan") == [0, 0, 1, 1, 1, 0, 0]
+    assert values(rewards, {**coin, "answer": "0.00003"}, "0", "3e-5", "0.0001") == [0, 1, 0]
     game = {"answer": "4*8 - 6 - 2", "metadata": {"source_dataset": "puzzle24", "numbers": [4, 8, 6, 2]}}
     assert values(rewards, game, "4*6*1*1", "24", "8*4-(6+2)", "8*4-6-2+0", "4*8-6-2 = 24") == [0, 0, 1, 0, 0]
     complex_row = {"answer": "8.0 + 3.0i", "metadata": {"source_dataset": "complex_arithmetic", "result": [8.0, 3.0]}}
@@ -85,6 +86,14 @@ def test_the_known_holes_are_shut(rewards):
     assert values(rewards, integral, *tried) == [0, 1, 1, 0, 0, 0]
     numbers = {"answer": "['1.5', '2.0']", "metadata": {"source_dataset": "number_sorting", "direction": "ascending"}}
     assert values(rewards, numbers, "[NaN, NaN]", "[2.4, 2.5]", "[1.5, 2]", "[2.0, 1.5]") == [0, 0, 1, 0]
+
+
+def test_only_moves_are_played():
+    level = "+ + + + +\n+ * @ X +\n+ + + + +"
+    item = {"gold": "R", "metadata": {"gamestr": level}}
+    grade = make("sokoban")
+    assert grade({**item, "answer": " RL "}) == (1.0, "")
+    assert grade({**item, "answer": "Run to the Left, Up, Down"}) == (0.0, "")
 
 
 def test_several_right_answers_are_taken(rewards):
