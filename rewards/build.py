@@ -22,8 +22,10 @@ REGISTRY = {
     "exact_match": "rewards.text_rules:exact_match",
     "format_tags": "rewards.text_rules:format_tags",
     "generative_reward": "rewards.generative_reward:generative_reward",
+    "instruction_following": "rewards.instructions:instruction_following",
     "judge": "rewards.judge:judge",
     "length": "rewards.length_rules:length",
+    "reasoning_gym": "rewards.reasoning_gym:reasoning_gym",
     "self_voting": "rewards.self_voting:self_voting",
     "soft_overlong": "rewards.length_rules:soft_overlong",
 }

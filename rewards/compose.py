@@ -68,7 +68,7 @@ class Rewards:
         return {name for part in self.parts.values() for name in (*part.rule.needs, *part.when)}
 
     def check(self, fields: Mapping[str, Any] | Iterable[str]) -> None:
-        """Raise ValueError naming the reward and the field that the data lack.
+        """Raise ValueError naming the reward and the field that the data lack, or what it cannot score in the row.
 
         Given a row, a reward may lack the fields of rows that it is not for; given names alone, it needs them all.
         """
@@ -83,6 +83,11 @@ class Rewards:
                     f"rewards.{name} needs the data field {missing!r}, the data have {sorted(have)}; "
                     "set data.answer_column or add the column"
                 )
+            if isinstance(fields, Mapping) and part.rule.check is not None:
+                try:
+                    part.rule.check(fields)
+                except ValueError as error:
+                    raise ValueError(f"rewards.{name}: {error}") from None
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         """One total per input, in order.
