@@ -18,7 +18,7 @@ SEEDED := $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
-BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement
+BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement reward_lab
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14

@@ -10,14 +10,12 @@ from typing import Annotated
 
 import typer
 
+from grpo.rewards_cli import OVERRIDES, rewards_app
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", help=__doc__)
 model_app = typer.Typer(no_args_is_help=True, help="Make models, look at them, convert them.")
-rewards_app = typer.Typer(no_args_is_help=True, help="Rewards.")
 app.add_typer(model_app, name="model")
 app.add_typer(rewards_app, name="rewards")
-
-# `--section.key=value` is taken by grpo.config, not by typer
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
 
@@ -217,17 +215,6 @@ def model_info(
         from rich import print as rich_print
 
         rich_print(info_table(info))
-
-
-@rewards_app.command("list")
-def rewards_list() -> None:
-    """The built-in rewards.
-
-    Example: grpo rewards list
-    """
-    from rewards.build import REGISTRY
-
-    print("\n".join(sorted(REGISTRY)))
 
 
 def main() -> None:

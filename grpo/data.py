@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import DataConfig
@@ -18,7 +18,16 @@ from .sources import Row, column, load_rows, match_group, prompt_text
 if TYPE_CHECKING:
     from .records import Prompt
 
-__all__ = ["PromptCursor", "Row", "load_rows", "make_prompts", "sft_examples", "text_blocks"]
+__all__ = [
+    "PromptCursor",
+    "Row",
+    "completion_text",
+    "load_rows",
+    "make_prompts",
+    "row_fields",
+    "sft_examples",
+    "text_blocks",
+]
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +57,7 @@ def make_prompts(
                 )
             dropped += 1
             continue
-        fields = dict(row.columns)
-        if config.answer_column and (gold or fields.get(config.answer_column) is not None):
-            fields["answer"] = _gold(row, config)
+        fields = row_fields(row, config, gold)
         prompts.append(Prompt(id=row.id, text=text, token_ids=tuple(token_ids), fields=fields))
     if dropped:
         log.warning("left out %d of %d prompts with more than %d tokens", dropped, len(rows), limit)
@@ -59,6 +66,36 @@ def make_prompts(
             f"all {len(rows)} prompts have more than {limit} tokens; raise data.max_prompt_length or the context"
         )
     return prompts
+
+
+def row_fields(row: Row, config: DataConfig, gold: bool = True) -> dict[str, Any]:
+    """What rewards see of a row: its columns, and the gold answer as "answer". ValueError where `gold` is not there."""
+    fields = dict(row.columns)
+    if config.answer_column and (gold or fields.get(config.answer_column) is not None):
+        fields["answer"] = _gold(row, config)
+    return fields
+
+
+def completion_text(row: Row, config: DataConfig, fields: Mapping[str, Any]) -> str:
+    """What SFT trains the model to answer: data.completion_column, or completion_template filled in. ValueError."""
+    if config.completion_column:
+        text = column(row, config.completion_column, "data.completion_column")
+        if not isinstance(text, str) or not text:
+            raise ValueError(
+                f"{row.where}: column {config.completion_column!r} is {text!r}; it must be text that is not empty"
+            )
+        return text
+    template = config.completion_template
+    try:
+        return template.format_map(fields)
+    except KeyError as err:
+        raise ValueError(
+            f"{row.where}: data.completion_template {template!r} uses {err}, and the row has {', '.join(fields)}"
+        ) from err
+    except (ValueError, IndexError, AttributeError) as err:
+        raise ValueError(
+            f"data.completion_template {template!r} is not a format string ({err}); write {{{{ for {{"
+        ) from err
 
 
 class PromptCursor:
@@ -137,7 +174,7 @@ def sft_examples(
     eos, by_id, dropped, examples = _eos(tokenizer), {row.id: row for row in rows}, 0, []
     for prompt in make_prompts(rows, config, tokenizer, max_length, gold=False):
         row = by_id[prompt.id]
-        completion = [*_encode(tokenizer, _completion(row, config, prompt.fields)), eos]
+        completion = [*_encode(tokenizer, completion_text(row, config, prompt.fields)), eos]
         if max_length and len(prompt.token_ids) + len(completion) > max_length:
             if not config.drop_long_prompts:
                 raise ValueError(
@@ -194,27 +231,6 @@ def _gold(row: Row, config: DataConfig) -> Any:
             raise ValueError(f"{row.where}: data.answer_pattern needs text in column {name!r}, not {value!r:.80}")
         value = match_group(row, "answer_pattern", config.answer_pattern, name, value).strip()
     return value
-
-
-def _completion(row: Row, config: DataConfig, fields: Any) -> str:
-    if config.completion_column:
-        text = column(row, config.completion_column, "data.completion_column")
-        if not isinstance(text, str) or not text:
-            raise ValueError(
-                f"{row.where}: column {config.completion_column!r} is {text!r}; it must be text that is not empty"
-            )
-        return text
-    template = config.completion_template
-    try:
-        return template.format_map(fields)
-    except KeyError as err:
-        raise ValueError(
-            f"{row.where}: data.completion_template {template!r} uses {err}, and the row has {', '.join(fields)}"
-        ) from err
-    except (ValueError, IndexError, AttributeError) as err:
-        raise ValueError(
-            f"data.completion_template {template!r} is not a format string ({err}); write {{{{ for {{"
-        ) from err
 
 
 def _with_system_prompt(text: str | list[dict[str, str]], row: Row, config: DataConfig) -> str | list[dict[str, str]]:
