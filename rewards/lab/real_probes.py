@@ -54,6 +54,9 @@ def real_answers(subject: Subject, real: Real) -> dict[str, Any]:
     text = f"right real completions get {paid or 0.0:.2f}, like wrong ones: every group has zero variance"
     form = subject.complete(right[0][0])
     asks = f"it pays for {form[-60:]!r}, " if form is not None else "its form is not theirs, "
+    gold = str(right[0][0].fields.get("answer")).strip()
+    if form is None and gold != short_gold(right[0][0]):
+        asks = f"the gold answer is a whole text, {gold[-40:]!r}: keep the final answer of it alone; "
     remedy = (
         f"{asks}the completions end in {right[0][0].completion[-40:]!r}: set the reward's tag or pattern, or the prompt"
     )
