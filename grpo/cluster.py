@@ -80,12 +80,16 @@ class Cluster:
     ) -> StepStats:
         return self.backend.call("learner", "step", minibatches, rollout_counts).result()
 
-    def sync_weights(self, version: int) -> None:
-        """The learner's weights to every engine; they travel from process to process, not through this one."""
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """The learner's weights to every engine -> metrics. They travel from process to process, not through this one.
+
+        Raises WeightFault where an engine does not compute with them.
+        """
         buckets = self.backend.call("learner", "weights")
         pending = [self.backend.call(engine, "load_weights", buckets, version) for engine in self.engines]
         taken = [p.result() for p in pending]
-        assert taken == [version] * len(taken), f"{taken=} {version=}"
+        assert all(answer["policy_version"] == version for answer in taken), f"{taken=} {version=}"
+        return {"time/weight_check": max(answer["check_seconds"] for answer in taken)}
 
     def save(self, directory: str) -> None:
         self.backend.call("learner", "save", directory).result()

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import DataConfig
+from .formats import MISSING, lookup
 from .sources import Row, column, load_rows, match_group, prompt_text
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def make_prompts(
 def row_fields(row: Row, config: DataConfig, gold: bool = True) -> dict[str, Any]:
     """What rewards see of a row: its columns, and the gold answer as "answer". ValueError where `gold` is not there."""
     fields = dict(row.columns)
-    if config.answer_column and (gold or fields.get(config.answer_column) is not None):
+    if config.answer_column and (gold or not _empty(lookup(row.columns, config.answer_column))):
         fields["answer"] = _gold(row, config)
     return fields
 
@@ -80,6 +81,8 @@ def completion_text(row: Row, config: DataConfig, fields: Mapping[str, Any]) -> 
     """What SFT trains the model to answer: data.completion_column, or completion_template filled in. ValueError."""
     if config.completion_column:
         text = column(row, config.completion_column, "data.completion_column")
+        if isinstance(text, list) and len(text) == 1 and text[0].get("role") == "assistant":
+            text = text[0]["content"]
         if not isinstance(text, str) or not text:
             raise ValueError(
                 f"{row.where}: column {config.completion_column!r} is {text!r}; it must be text that is not empty"
@@ -216,11 +219,9 @@ def text_blocks(rows: Sequence[Row], config: DataConfig, tokenizer: Any, block_s
 
 def _gold(row: Row, config: DataConfig) -> Any:
     name = config.answer_column
-    value = row.columns.get(name)
-    if value is None:
-        found = (
-            f"no column {name!r}; it has {', '.join(row.columns)}" if name not in row.columns else f"{name!r} is null"
-        )
+    value = lookup(row.columns, name)
+    if _empty(value):
+        found = f"{name!r} is null" if value is None else f"no column {name!r}; it has {', '.join(row.columns)}"
         raise ValueError(
             f"{row.where}: {found}; set data.answer_column to the gold answer's column, or to '' if no reward needs one"
         )
@@ -231,6 +232,10 @@ def _gold(row: Row, config: DataConfig) -> Any:
             raise ValueError(f"{row.where}: data.answer_pattern needs text in column {name!r}, not {value!r:.80}")
         value = match_group(row, "answer_pattern", config.answer_pattern, name, value).strip()
     return value
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value is MISSING
 
 
 def _with_system_prompt(text: str | list[dict[str, str]], row: Row, config: DataConfig) -> str | list[dict[str, str]]:

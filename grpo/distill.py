@@ -28,7 +28,7 @@ from grpo.config import Config, ConfigError, DistillConfig, StageConfig, digest
 from grpo.data import PromptCursor
 from grpo.log import RunLog, iter_samples, load_metrics, write_rows
 from grpo.loop import Clock
-from grpo.prepare import Prepared, fresh_run_dir, prepare, run_config
+from grpo.prepare import Prepared, fresh_run_dir, prepare, reward_resources, run_config
 from grpo.progress import Progress
 from grpo.records import Prompt
 from grpo.report import write_report
@@ -141,7 +141,7 @@ def _prompts(prepared: Prepared, section: DistillConfig) -> tuple[list[Prompt], 
 def _check(prepared: Prepared, section: DistillConfig) -> None:
     """What `prepare` cannot know. Raises ConfigError."""
     config = prepared.config
-    with build_rewards(config.rewards) as rewards:
+    with build_rewards(config.rewards, **reward_resources(config.model.dtype)) as rewards:
         highest, needs = rewards.highest(), rewards.needs()
     if section.threshold > highest + 1e-9:
         raise ConfigError(

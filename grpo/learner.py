@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from grpo.config import GRPOConfig, StageConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
+from grpo.packing import pack
 from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
-from grpo.records import PackedBatch, StepStats
+from grpo.records import PackedBatch, StepStats, TrainingSample
 from grpo.router import router_metrics
-from grpo.weight_sync import Bucket, buckets
+from grpo.weight_sync import Bucket, Canary, buckets
 from model import DeepseekV3ForCausalLM
 from model.checkpoint import load_weights, save_model
 from model.lora import FOLDER, LoraAdapter
@@ -42,11 +43,13 @@ class Learner:
         reference_dir: str | Path | None = None,
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
+        canaries: bool = False,
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
-        on the weights of model_dir, which are then the reference as well. Raises ValueError for a bad directory.
+        on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
+        engines are held against. Raises ValueError for a bad directory.
         """
-        self.config, self.temperature = config, temperature
+        self.config, self.temperature, self.canaries = config, temperature, canaries
         model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
         rl = isinstance(config, GRPOConfig)
         auxiliary = AuxiliaryLosses(
@@ -178,7 +181,21 @@ class Learner:
 
     def weights(self) -> list[Bucket]:
         """The whole policy under published names, ready to travel; carries the policy version."""
-        return list(buckets(hf_state(self.published), self.policy_version))
+        first, *others = buckets(hf_state(self.published), self.policy_version)
+        return [dataclasses.replace(first, canary=self.canary() if self.canaries else None), *others]
+
+    @torch.no_grad()
+    def canary(self) -> Canary:
+        """Four prompts of random tokens, always the same, and this policy's log-probabilities of them."""
+        config = self.policy.model.config
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(config.vocab_size, (4, min(24, config.max_position_embeddings - 1)), generator=generator)
+        prompts = [tuple(row) for row in drawn.tolist()]
+        samples = [[TrainingSample(prompt[:1], prompt[1:], 1.0)] for prompt in prompts]
+        (batch,) = pack(samples, 1 << 30)
+        hidden = self.policy.hidden(batch)[batch.source]
+        logprobs = token_logprobs(hidden, self.policy.model.lm_head.weight, batch.target)[0]
+        return Canary(tuple(prompts), tuple(tuple(row) for row in logprobs.view(len(prompts), -1).tolist()))
 
     def save(self, directory: str | Path) -> None:
         """Writes a HF model directory and `train_state/`: what `load` needs to go on exactly as if never stopped.

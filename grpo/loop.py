@@ -82,8 +82,8 @@ def run_loop(run: Run, first_step: int) -> None:
         with clock("learner"):
             stats = cluster.learn(minibatches, counts)
         with clock("sync"):
-            cluster.sync_weights(stats.policy_version)
-        metrics = {"policy_version": stats.policy_version, **step_metrics(groups, sampled), **stats.metrics}
+            synced = cluster.sync_weights(stats.policy_version)
+        metrics = {"policy_version": stats.policy_version, **step_metrics(groups, sampled), **stats.metrics, **synced}
         metrics |= clock.metrics() | evaluate(run, step)
         log_step(run, step, metrics, groups)
         if step == config.grpo.max_steps or (config.run.save_steps and step % config.run.save_steps == 0):

@@ -59,7 +59,7 @@ def prepare(config: Config) -> Prepared:
     tokenizer = load_tokenizer(model_dir)
     if not config.rewards:
         raise ConfigError("rewards is empty; name at least one, e.g. `rewards: {exact_match: 1.0}`")
-    with build_rewards(config.rewards) as rewards:
+    with build_rewards(config.rewards, **reward_resources(config.model.dtype)) as rewards:
         gold = "answer" in rewards.needs()
         train_rows, held_out_rows = load_rows(config.data)
         room = model_config.max_position_embeddings - config.rollout.max_completion_length
@@ -73,6 +73,17 @@ def prepare(config: Config) -> Prepared:
         for prompt in prompts:
             rewards.check(prompt.fields)
     return Prepared(config, model_dir, tokenizer, train_rows, prompts, held_out)
+
+
+def reward_resources(dtype: str = "float32") -> dict[str, Any]:
+    """What build_rewards hands to the rewards that ask for it by name. `dtype`: of models they compute with."""
+
+    def load_generator(model_dir: str, options: Mapping[str, Any]) -> Any:
+        from grpo.generators import EngineGenerator
+
+        return EngineGenerator(model_dir, options, load_tokenizer, dtype)
+
+    return {"load_generator": load_generator}
 
 
 def _check_model(config: Config, model: DeepseekV3Config) -> None:

@@ -34,6 +34,39 @@ def rewards_list() -> None:
     Console().print(table, markup=False, highlight=False)
 
 
+@rewards_app.command("verdicts")
+def rewards_verdicts(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="JSONL or Parquet: prompt, completion, reason, label.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    scale: Annotated[str, typer.Option(help="Lowest and highest label.")] = "0,1",
+    template: Annotated[str, typer.Option(help="The reward's template: text, or a .txt or .md file.")] = "",
+    rubric: Annotated[str, typer.Option(help="The reward's rubric.")] = "",
+    reference: Annotated[str, typer.Option(help="Show the row's answer: auto, always or never.")] = "auto",
+    include_thinking: Annotated[bool, typer.Option(help="Show what comes before </think>.")] = False,
+    chat: Annotated[bool, typer.Option(help="Prompts as chat messages, for a reward with chat: true.")] = False,
+) -> None:
+    """Labelled completions with reasons become SFT data for the model of generative_reward, with the same options.
+
+    Example: grpo rewards verdicts labelled.jsonl --out verdicts.jsonl --scale 0,10
+    """
+    from grpo.config import ConfigError, DataConfig
+    from grpo.log import write_rows
+    from grpo.sources import load_rows
+    from rewards.grading import grading
+    from rewards.verdicts import sft_rows
+
+    ends = [end.strip() for end in scale.split(",")]
+    if len(ends) != 2 or not all(end.lstrip("-").isdigit() for end in ends):
+        raise ConfigError(f"--scale {scale!r} must be two whole numbers with a comma between them, e.g. 0,10")
+    how = grading("generative_reward", template, rubric, [int(end) for end in ends], reference, include_thinking)
+    rows = [(row.where, row.columns) for row in load_rows(DataConfig(path=data, holdout=0.0))[0]]
+    made = list(sft_rows(rows, how, chat))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(out, made)
+    print(f"{out}: {len(made):,} verdicts ({len(rows) - len(made):,} rows left out: nothing to judge)")
+    print(f"train on it: grpo sft CONFIG --data.path={out} --data.completion_column=completion --data.holdout=0")
+
+
 @rewards_app.command("check", context_settings=OVERRIDES)
 def rewards_check(
     ctx: typer.Context,

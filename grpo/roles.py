@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 
 from grpo.config import Config
 from grpo.learner import Learner
+from grpo.prepare import reward_resources
 from grpo.weight_sync import Bucket, unpack
 from rewards import RewardInput, Score, build_rewards
 from rollout import Completion, SamplingParams, build_engine
+from rollout.engine import Checked
 
 
 class RolloutRole:
@@ -23,30 +26,55 @@ class RolloutRole:
         self.engine = build_engine(
             model_dir,
             rollout.engine,
-            dtype=getattr(torch, config.model.dtype),
             max_num_seqs=rollout.max_num_seqs,
-            page_size=rollout.page_size,
-            num_pages=rollout.num_pages,
-            exact=rollout.exact,
             enable_return_routed_experts=rollout.replay_routing or config.grpo.router_policy == "rollout",
+            **_engine_options(config),
         )
+        self.check = rollout.weight_check
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         return self.engine.generate(prompts, params)
 
-    def load_weights(self, buckets: Sequence[Bucket], version: int) -> int:
-        """Takes over a whole version; returns it. Raises ValueError if the buckets are not that version."""
+    def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, float]:
+        """Takes over a whole version -> {"policy_version", "check_seconds"}.
+
+        Raises ValueError if the buckets are not that version, WeightFault if the engine does not compute with them.
+        """
         if buckets[0].version != version:
             raise ValueError(f"weights of version {buckets[0].version} came where {version} was expected")
-        self.engine.load_weights(unpack(buckets), version)
-        return self.engine.policy_version
+        weights = list(unpack(buckets))
+        self.engine.load_weights(weights, version)
+        start, canary = time.perf_counter(), buckets[0].canary
+        if isinstance(self.engine, Checked) and self.check != "off":
+            if self.check == "full":
+                self.engine.check_weights(weights)
+            if canary is not None:
+                self.engine.check_canary(canary.prompts, canary.logprobs)
+        return {"policy_version": self.engine.policy_version, "check_seconds": time.perf_counter() - start}
+
+
+def _engine_options(config: Config) -> dict[str, Any]:
+    rollout = config.rollout
+    if rollout.engine == "vllm":
+        return {"dtype": config.model.dtype, **rollout.engine_options}
+    return {
+        "dtype": getattr(torch, config.model.dtype),
+        "page_size": rollout.page_size,
+        "num_pages": rollout.num_pages,
+        "exact": rollout.exact,
+    }
 
 
 class RewardRole:
     """The rewards of a run."""
 
     def __init__(self, config: Config) -> None:
-        self.rewards = build_rewards(config.rewards, workers=config.run.reward_workers, cache=config.run.reward_cache)
+        self.rewards = build_rewards(
+            config.rewards,
+            workers=config.run.reward_workers,
+            cache=config.run.reward_cache,
+            **reward_resources(config.model.dtype),
+        )
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         return self.rewards.score(inputs)
@@ -64,6 +92,7 @@ def learner_role(config: Config, model_dir: str, reference_dir: str) -> Learner:
         checkpointing=config.model.gradient_checkpointing,
         reference_dir=Path(reference_dir),
         lora=None if config.model.lora is None else config.model.lora.model_dump(),
+        canaries=config.rollout.engine == "vllm" and config.rollout.weight_check != "off",
         seed=config.run.seed,
     )
 

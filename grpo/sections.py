@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .formats import filled_in
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, validate_default=True)
@@ -59,8 +61,6 @@ class LoraConfig(Section):
     """Rank of an adapter; each routed expert has its own."""
     lora_alpha: int = Field(default=32, ge=1)
     """Adapters are scaled by lora_alpha / r."""
-    lora_dropout: float = Field(default=0.0, ge=0, le=0)
-    """Only 0: with dropout the learner's probabilities would be other ones than the rollout's."""
     target_modules: list[str] = Field(default_factory=list)
     """Linear layers of the attention, by the end of their names, e.g. `o_proj`. The adapter's product is added to the
     layer's: cheaper than target_parameters, but in bfloat16 the learner then differs a little from the engines."""
@@ -101,6 +101,9 @@ class DataConfig(Section):
 
     path: str = ""
     """JSONL or Parquet file, or a directory saved by HF datasets."""
+    format: Literal["", "trl", "verl", "openrlhf", "slime"] = ""
+    """Whose data set it is: fills in the columns below that are not given. trl: prompt, completion, solution, and
+    chosen and rejected; verl: prompt, reward_model.ground_truth; openrlhf: input, label; slime: prompt, label."""
     task: str = ""
     """Instead of `path`: name of a reasoning-gym task, generated on the spot, or `needle` (grpo/needle.py)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
@@ -115,15 +118,17 @@ class DataConfig(Section):
     eval_size: int = Field(default=256, ge=0)
     """Held-out prompts of an evaluation. 0: all."""
     prompt_column: str = "prompt"
-    """Column of the prompt: a string, or a list of chat messages."""
+    """Column of the prompt: a string, or a list of chat messages. Dots lead into nested columns, as in the next."""
     answer_column: str = "answer"
-    """Column of the gold answer."""
+    """Column of the gold answer, e.g. `answer` or `reward_model.ground_truth`."""
     answer_pattern: str = ""
     """Regular expression with one group that takes the gold answer out of its column, e.g. `#### (.+)` for GSM8K."""
     prompt_pattern: str = ""
     """Regular expression with one group: what it captures in the prompt becomes the prompt."""
+    prompt_template: str = ""
+    """Text around a string prompt, which stands for `{}`: OpenRLHF's input_template. Empty: none."""
     completion_column: str = ""
-    """Column that SFT trains the model to answer with."""
+    """Column that SFT trains the model to answer with: a string, or one assistant message."""
     completion_template: str = ""
     """Instead of completion_column: built from the row's columns, e.g. `<answer>{answer}</answer>`."""
     text_column: str = "text"
@@ -139,6 +144,11 @@ class DataConfig(Section):
     shuffle: bool = True
     """Visit the prompts in a new order (by run.seed) each epoch."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _format(cls, given: Any) -> Any:
+        return filled_in(given) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         if self.path and self.task:
@@ -151,14 +161,28 @@ class DataConfig(Section):
                 raise ValueError(f"data.{key} {pattern!r} is not a regular expression: {err}") from err
             if pattern and groups != 1:
                 raise ValueError(f"data.{key} {pattern!r} must have exactly one (group); it has {groups}")
+        template = self.prompt_template
+        try:
+            filled = [template.format(text) for text in ("a", "b")]
+        except (ValueError, IndexError, KeyError, AttributeError):
+            filled = []
+        if template and len(set(filled)) < 2:
+            raise ValueError(
+                f"data.prompt_template {template!r} needs one {{}} where the prompt goes, and {{{{ for a plain {{"
+            )
         return self
 
 
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["embedded"] = "embedded"
-    """The embedded engine: paged latents, continuous batching, on any device."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """embedded: paged latents, continuous batching, on any device. vllm: vLLM in the same process, from an extra."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """vllm: further options of vllm.LLM, e.g. tensor_parallel_size, gpu_memory_utilization, quantization."""
+    weight_check: Literal["full", "canary", "off"] = "full"
+    """vllm, after each push of weights. full: every tensor as it lies in the engine, and log-probabilities of canary
+    prompts; canary: these alone. A mismatch stops the run before a sample is drawn."""
     num_workers: int = Field(default=1, ge=1)
     """Engines; each takes an equal, contiguous share of the prompts, groups kept together."""
     temperature: float = Field(default=1.0, gt=0)
@@ -183,12 +207,12 @@ class RolloutConfig(Section):
     """Cache pages of an engine. 0: enough for max_num_seqs sequences of the longest length asked for."""
 
 
-class StageConfig(Section):
-    """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
 
-    max_steps: int = Field(default=300, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     """Optimiser steps."""
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
@@ -196,12 +220,6 @@ class StageConfig(Section):
     """Last learning rate as a share of the peak."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
-    batch_size: int = Field(default=64, ge=1)
-    """Samples (SFT) or blocks (pretraining) a step."""
-    block_size: int = Field(default=512, ge=2)
-    """Pretraining: tokens in a block of packed text."""
-    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
-    """Tokens in a micro-batch; a longer sample has one of its own."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, on matrices only."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -210,6 +228,21 @@ class StageConfig(Section):
     """AdamW's beta2."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm. 0: no clipping."""
+
+
+class StageConfig(OptimizerConfig):
+    """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
+
+    max_steps: int = Field(default=300, ge=1)
+    """Optimiser steps."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples (SFT) or blocks (pretraining) a step."""
+    block_size: int = Field(default=512, ge=2)
+    """Pretraining: tokens in a block of packed text."""
+    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
+    """Tokens in a micro-batch; a longer sample has one of its own."""
     mtp_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of the multi-token-prediction loss (DeepSeek-V3 eq. 25); it reaches the trunk. 0: none."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
@@ -262,27 +295,13 @@ class ExtendConfig(Section):
     """Needle prompts of a check, at either length."""
 
 
-class GRPOConfig(Section):
+class GRPOConfig(OptimizerConfig):
     """The algorithm and its optimiser. Names are TRL's where TRL has one. A step is one rollout-and-update cycle."""
 
     max_steps: int = Field(default=100, ge=1)
     """Rollout-and-update cycles."""
-    learning_rate: float = Field(default=1e-6, gt=0)
-    """Peak learning rate."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay after warm-up, down to lr_end_ratio of the peak at max_steps."""
-    lr_end_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Last learning rate as a share of the peak."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's, on matrices only."""
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's beta1."""
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     """AdamW's beta2."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are clipped to this norm. 0: no clipping."""
     num_generations: int = Field(default=8, ge=2)
     """Samples in a group (G)."""
     prompts_per_step: int = Field(default=16, ge=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import DataConfig
+from .formats import MISSING, lookup, with_prompt
 from .needle import needle_rows
 
 # reasoning-gym seeds item i with seed + i, so nearby seeds overlap: there is one seed, and a split by hash.
@@ -37,11 +38,13 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
     if config.task:
         rows = _task_rows(config)
     elif config.path:
-        rows = _read(Path(config.path), "data.path")
+        rows = _read(Path(config.path), "data.path", config.format)
     else:
         raise ValueError("data.path and data.task are both empty; set data.path to a file or data.task to a task name")
     if config.eval_path:
-        held_out = [row._replace(id=f"eval/{row.id}") for row in _read(Path(config.eval_path), "data.eval_path")]
+        held_out = [
+            row._replace(id=f"eval/{row.id}") for row in _read(Path(config.eval_path), "data.eval_path", config.format)
+        ]
     else:
         rows, held_out = _split(rows, config)
     if config.eval_size and len(held_out) > config.eval_size:  # by hash: a file may be sorted by difficulty
@@ -51,7 +54,10 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
 
 
 def prompt_text(row: Row, config: DataConfig) -> str | list[dict[str, str]]:
-    """The prompt as the data has it, data.prompt_pattern applied. Raises ValueError naming the row."""
+    """The prompt as the data has it, data.prompt_pattern and data.prompt_template applied.
+
+    Raises ValueError naming the row.
+    """
     value = column(row, config.prompt_column, "data.prompt_column")
     if isinstance(value, str):
         if config.prompt_pattern:
@@ -60,7 +66,7 @@ def prompt_text(row: Row, config: DataConfig) -> str | list[dict[str, str]]:
             raise ValueError(
                 f"{row.where}: the prompt is empty; fill in column {config.prompt_column!r} or remove the row"
             )
-        return value
+        return config.prompt_template.format(value) if config.prompt_template else value
     if not isinstance(value, list):
         raise ValueError(
             f"{row.where}: column {config.prompt_column!r} is a {type(value).__name__}; "
@@ -72,10 +78,9 @@ def prompt_text(row: Row, config: DataConfig) -> str | list[dict[str, str]]:
                 f"{row.where}: chat message {message!r:.200} in column {config.prompt_column!r} must be an object with "
                 "the strings role and content"
             )
-    if config.prompt_pattern:
-        raise ValueError(
-            f"{row.where}: data.prompt_pattern needs string prompts, and this one has chat messages; unset it"
-        )
+    for key in ("prompt_pattern", "prompt_template"):
+        if getattr(config, key):
+            raise ValueError(f"{row.where}: data.{key} needs string prompts, and this one has chat messages; unset it")
     if not any(message["content"].strip() for message in value):
         raise ValueError(f"{row.where}: the prompt is empty; fill in column {config.prompt_column!r} or remove the row")
     return value
@@ -83,11 +88,12 @@ def prompt_text(row: Row, config: DataConfig) -> str | list[dict[str, str]]:
 
 def column(row: Row, name: str, key: str) -> Any:
     """The row's value in a column that `key` names. Raises ValueError with the columns there are."""
-    if name not in row.columns:
+    value = lookup(row.columns, name)
+    if value is MISSING:
         raise ValueError(
             f"{row.where}: no column {name!r}; it has {', '.join(row.columns) or 'none'}; set {key} to one of them"
         )
-    return row.columns[name]
+    return value
 
 
 def match_group(row: Row, key: str, pattern: str, column: str, value: str) -> str:
@@ -101,7 +107,7 @@ def match_group(row: Row, key: str, pattern: str, column: str, value: str) -> st
 # ---- sources ----
 
 
-def _read(path: Path, key: str) -> list[Row]:
+def _read(path: Path, key: str, format: str) -> list[Row]:
     if not path.exists():
         raise ValueError(
             f"{key} {str(path)!r} does not exist; give a JSONL or Parquet file, or a directory of HF datasets"
@@ -117,7 +123,14 @@ def _read(path: Path, key: str) -> list[Row]:
     rows = [Row(f"{path.name}:{number}", content, f"{path}:{number}") for number, content in columns]
     if not rows:
         raise ValueError(f"{key} {str(path)!r} has no rows")
-    return rows
+    return [_trl_row(row) for row in rows] if format == "trl" else rows
+
+
+def _trl_row(row: Row) -> Row:
+    try:
+        return row._replace(columns=with_prompt(row.columns))
+    except ValueError as err:
+        raise ValueError(f"{row.where}: {err}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -240,7 +253,7 @@ def _split(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
 
 def _split_key(row: Row, config: DataConfig) -> str:
     """What a problem is about: its numbers in any order, so that 3+5, 5+3 and 5-3 are on one side; else its text."""
-    if config.prompt_column not in row.columns and config.text_column in row.columns:  # pretraining
+    if config.text_column in row.columns and lookup(row.columns, config.prompt_column) is MISSING:  # pretraining
         return str(row.columns[config.text_column])
     prompt = prompt_text(row, config)
     text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)

@@ -18,7 +18,7 @@ from grpo.evaluate import is_right
 from grpo.learner import Learner, nll_loss
 from grpo.log import RunLog
 from grpo.packing import pack
-from grpo.prepare import Prepared, cached, load_tokenizer
+from grpo.prepare import Prepared, cached, load_tokenizer, reward_resources
 from grpo.progress import Progress
 from grpo.records import Prompt, TrainingSample
 from grpo.steps import reward_inputs
@@ -149,6 +149,6 @@ def sampled_accuracy(config: Config, learner: Learner, prompts: Sequence[Prompt]
     ]
     completions = engine.generate([p.token_ids for p in prompts], params)
     learner.policy.model.train()
-    with closing(build_rewards(config.rewards)) as rewards:
+    with closing(build_rewards(config.rewards, **reward_resources(config.model.dtype))) as rewards:
         scores = rewards.score(reward_inputs(prompts, completions, tokenizer))
     return float(np.mean([is_right(config, score) for score in scores]))

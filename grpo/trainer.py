@@ -24,6 +24,7 @@ from grpo.stages import warm_start
 from model.config import DeepseekV3Config
 from model.lora import check_lora
 from rewards import RewardFailure
+from rollout import WeightFault
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class GRPOTrainer:
         with Cluster(config, start_dir, start_dir) as cluster:
             try:
                 self._loop(prepared, cluster, run_dir, checkpoint)
-            except (ValueError, RunFailure, RewardFailure) as err:
+            except (ValueError, RunFailure, RewardFailure, WeightFault) as err:
                 raise RunFailure(f"{err}; mend the cause and go on with `grpo train --resume {run_dir}`") from err
         report = write_report(run_dir)
         accuracies = [m["eval/accuracy"] for m in load_metrics(run_dir) if m.get("eval/accuracy") is not None]
@@ -86,6 +87,8 @@ class GRPOTrainer:
             print(f"going on after step {step} with {path}", flush=True)
         elif self.resume:
             print("no whole checkpoint yet: starting from the beginning", flush=True)
+        if checkpoint is None and config.rollout.engine == "vllm" and config.rollout.weight_check != "off":
+            cluster.sync_weights(0)  # an engine that starts out wrong is found before the first sample
 
         def save(at: int) -> None:
             save_checkpoint(run_dir, at, cluster, {"cursor": cursor.state()}, prepared.tokenizer)

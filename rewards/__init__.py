@@ -2,6 +2,7 @@
 
 from rewards.build import build_rewards
 from rewards.compose import RewardFailure, Rewards, error_share, raise_if_failing
+from rewards.export import as_trl, as_verl
 from rewards.records import RewardInput, Score, Status
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "Rewards",
     "Score",
     "Status",
+    "as_trl",
+    "as_verl",
     "build_rewards",
     "error_share",
     "raise_if_failing",

@@ -17,14 +17,20 @@ from rewards.user_function import user_function
 from rewards.worker import WorkerPool
 
 REGISTRY = {
+    "code_tests": "rewards.code_tests:code_tests",
     "math_answer": "rewards.math_answer:math_answer",
     "exact_match": "rewards.text_rules:exact_match",
     "format_tags": "rewards.text_rules:format_tags",
+    "generative_reward": "rewards.generative_reward:generative_reward",
+    "instruction_following": "rewards.instructions:instruction_following",
+    "judge": "rewards.judge:judge",
     "length": "rewards.length_rules:length",
+    "reasoning_gym": "rewards.reasoning_gym:reasoning_gym",
+    "self_voting": "rewards.self_voting:self_voting",
     "soft_overlong": "rewards.length_rules:soft_overlong",
 }
 _COMMON = ("weight", "gated_by", "clip", "when", "kind")
-_OWN_FUNCTION = ("function", "timeout")
+_OWN_FUNCTION = ("function", "timeout", "style", "batch", "kwargs")
 
 
 def build_rewards(
@@ -40,7 +46,7 @@ def build_rewards(
 
     Options of every reward: `weight`; `gated_by` another reward, which must be above 0; `clip: [low, high]`;
     `when: {column: value or list of values}`, the rows it is for; `kind`, the built-in reward meant where the name is
-    one of your own (two judges); `function`, a function of your own.
+    one of your own (two judges); `function`, a function of your own, or with a `style` of another framework.
 
     `workers` processes with `memory_gb` of address space each (started on first use) run math_answer and users'
     functions. `cache`: a file that keeps the verdicts of rewards that do not run inline. `resources` are objects a
@@ -78,9 +84,7 @@ def _part(
         if name in REGISTRY:
             raise ValueError(f"rewards.{name} is built in, so it takes no function; give your function another name")
         _check_options(name, options, _OWN_FUNCTION)
-        rule = user_function(
-            name, options["function"], pool=resources["pool"], timeout=float(options.get("timeout", 10.0))
-        )
+        rule = user_function(name, pool=resources["pool"], **options)
     else:
         rule = _built_in(name, dict(options), resources)
     if cache is not None and rule.runs != "inline" and not rule.grouped:

@@ -20,6 +20,8 @@ from rewards.records import RewardInput, Score, Status
 from rewards.rule import Rule
 
 _KEPT = (Status.OK, Status.NOT_APPLICABLE)
+# options that say how fast a verdict comes, not which one
+_PACE = "timeout retries concurrency requests_per_minute tokens_per_minute max_requests max_total_tokens batch_size"
 
 
 class RewardCache:
@@ -59,8 +61,10 @@ class RewardCache:
 def cached(name: str, rule: Rule, options: Mapping[str, Any], cache: RewardCache) -> Rule:
     """The rule, asked only for what `cache` does not hold. `info` says "cached" where it does."""
 
+    decisive = {key: value for key, value in options.items() if key not in _PACE.split()}
+
     def score(inputs: Sequence[RewardInput]) -> list[Score]:
-        keys = [_key(name, rule.version, options, sample) for sample in inputs]
+        keys = [_key(name, rule.version, decisive, sample) for sample in inputs]
         scores = cache.get(keys)
         places: dict[bytes, int] = {}  # equal inputs of a batch are scored once
         for place, (key, known) in enumerate(zip(keys, scores)):

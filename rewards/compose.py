@@ -68,7 +68,7 @@ class Rewards:
         return {name for part in self.parts.values() for name in (*part.rule.needs, *part.when)}
 
     def check(self, fields: Mapping[str, Any] | Iterable[str]) -> None:
-        """Raise ValueError naming the reward and the field that the data lack.
+        """Raise ValueError naming the reward and the field that the data lack, or what it cannot score in the row.
 
         Given a row, a reward may lack the fields of rows that it is not for; given names alone, it needs them all.
         """
@@ -83,14 +83,19 @@ class Rewards:
                     f"rewards.{name} needs the data field {missing!r}, the data have {sorted(have)}; "
                     "set data.answer_column or add the column"
                 )
+            if isinstance(fields, Mapping) and part.rule.check is not None:
+                try:
+                    part.rule.check(fields)
+                except ValueError as error:
+                    raise ValueError(f"rewards.{name}: {error}") from None
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         """One total per input, in order.
 
         value: sum of weight * term over the parts that apply; terms: what each counted with, unweighted; parts: every
-        part's own value; info: {part: {"status", ...}}. A NOT_APPLICABLE part is left out. A part of non-zero weight
-        that failed (ERROR, TIMEOUT, UNPARSEABLE_GOLD) makes the total that status without a value: a sample is never
-        scored lower because a grader broke. A part of weight 0 is only watched.
+        part's own value; info: {part: {"status", its own "parts" if it has some, ...}}. A NOT_APPLICABLE part is left
+        out. A part of non-zero weight that failed (ERROR, TIMEOUT, UNPARSEABLE_GOLD) makes the total that status
+        without a value: a sample is never scored lower because a grader broke. A part of weight 0 is only watched.
         """
         return self.totals(self.part_scores(inputs))
 
@@ -130,6 +135,8 @@ class Rewards:
         for name, part in self.parts.items():
             score = scores[name]
             info[name] = {"status": str(score.status), **score.info}
+            if score.parts:
+                info[name]["parts"] = dict(score.parts)
             if not part.weight:
                 continue
             value, status = score.value, score.status

@@ -22,8 +22,8 @@ class Rule:
     and highest value it gives; None where nobody knows. `runs`: in this process, in a killable worker, in the code
     sandbox, or on a model; all but inline may be cached, under `version`, which changes when verdicts do. `grouped`:
     it compares the samples of a group, so it sees whole groups and is never cached. `perfect`: a completion that must
-    score the upper bound, from a row's fields (None: this row has none); `grpo rewards check` scores it. `close` frees
-    what the reward holds.
+    score the upper bound, from a row's fields (None: this row has none); `grpo rewards check` scores it. `check` raises
+    ValueError for a row that the reward cannot score. `close` frees what the reward holds.
     """
 
     score: Callable[[Sequence[RewardInput]], list[Score]]
@@ -33,6 +33,7 @@ class Rule:
     version: str = "1"
     grouped: bool = False
     perfect: Callable[[Mapping[str, Any]], str | None] | None = None
+    check: Callable[[Mapping[str, Any]], None] | None = None
     close: Callable[[], None] | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from model import DeepseekV3ForCausalLM
 from rollout.records import Completion, SamplingParams
@@ -29,14 +29,37 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """An engine with a runtime of its own, which can prove that it computes with the weights it was given.
+
+    Both raise WeightFault.
+    """
+
+    def check_weights(self, weights: Sequence[tuple[str, Any]]) -> None:
+        """Every tensor of the last load, as it lies in the engine."""
+        ...
+
+    def check_canary(self, prompts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
+        """The engine's log-probabilities of the prompts' tokens but the first, against the learner's."""
+        ...
+
+
 def build_engine(model_or_dir: DeepseekV3ForCausalLM | str | Path, engine: str = "embedded", **options: Any) -> Engine:
     """An engine over a model or a HF directory.
 
     Options of "embedded": max_num_seqs, page_size, num_pages, exact, enable_return_routed_experts, eos_token_ids,
-    dtype (of a directory). Raises ValueError for an unknown engine.
+    dtype (of a directory). Those of "vllm" (a directory only): see rollout.vllm_engine. Raises ValueError for an
+    unknown engine.
     """
+    if engine == "vllm":
+        from rollout.vllm_engine import VllmEngine
+
+        if isinstance(model_or_dir, DeepseekV3ForCausalLM):
+            raise ValueError("vLLM reads a model from a directory; save_pretrained it first")
+        return VllmEngine(model_or_dir, **options)
     if engine != "embedded":
-        raise ValueError(f"rollout.engine is {engine!r}; the engines are 'embedded'")
+        raise ValueError(f"rollout.engine is {engine!r}; the engines are 'embedded' and 'vllm'")
     from rollout.embedded import EmbeddedEngine
 
     dtype = options.pop("dtype", None)

@@ -8,6 +8,10 @@ from typing import Literal
 import numpy as np
 
 
+class WeightFault(RuntimeError):
+    """An engine does not compute with the weights that it was given; the message names the first wrong tensor."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample one prompt. Field names and meanings are vLLM's.

@@ -36,7 +36,19 @@ RECORDS = {
 LOOP_STAGES = ("sample", "score", "advantage", "pack", "step", "sync")
 MAX_LOOP_LINES, MAX_FUNCTION_LINES, MAX_FILE_LINES = 40, 80, 420
 IMPORT_NAMES = {"pyyaml": "yaml"}  # distributions whose module has another name
-SKIP = {".git", ".venv", ".venv-peers", "runs", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache"}
+SKIP = {
+    ".git",
+    ".venv",
+    ".venv-peers",
+    ".venv-vllm",
+    ".venv-rewards",
+    "runs",
+    "build",
+    "dist",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+}
 
 
 @cache

@@ -72,6 +72,7 @@ def assemble(
         mine = [probe for probe in probes or [] if probe["reward"] == name]
         found[name] = {
             "runs": part.rule.runs,
+            "needs": sorted(part.rule.needs),
             "bounds": list(part.rule.bounds) if part.rule.bounds and np.isfinite(part.rule.bounds).all() else None,
             "weight": part.weight,
             "grouped": part.rule.grouped,
@@ -256,6 +257,7 @@ def _total(
     shares = group_signal.gradient_shares(terms, values[known], samples.group[known], samples.groups)
     return {
         "runs": "inline",
+        "needs": [],
         "bounds": None,
         "weight": 1.0,
         "grouped": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rewards.lab.answers import final_answer
@@ -83,7 +84,7 @@ def _never_varies(name: str, block: Mapping[str, Any], rows: Rows, say: Say) -> 
         say(
             "bad",
             f"{what}, also to the {right:,} right ones: every group has zero variance and teaches nothing",
-            _mismatch(missed),
+            _mismatch(missed) if block["needs"] else "ask for its format in the prompt, or leave it out",
         )
     else:
         say(
@@ -160,7 +161,7 @@ def _labels(name: str, block: Mapping[str, Any], rows: Rows, say: Say) -> None:
         say(
             level,
             f"FPR {percent(block['fpr'])} ({len(paid):,}/{len(wrong):,} wrong answers are paid), "
-            f"e.g. {first['where']} with gold {str(first['answer'])[-40:]!r}",
+            f"e.g. {_place(first)} with gold {str(first['answer'])[-40:]!r}",
             "read them in disagreements.jsonl (a label may be wrong); gate it by a stricter reward",
         )
 
@@ -189,9 +190,13 @@ def _why_missed(name: str, missed: Rows, right: Rows) -> tuple[str, str]:
     if reason:
         return f" - most often ({count:,}): {reason[:80]}", "read them in disagreements.jsonl"
     return (
-        f" - e.g. {missed[0]['where']} with gold {str(missed[0]['answer'])[-40:]!r}",
+        f" - e.g. {_place(missed[0])} with gold {str(missed[0]['answer'])[-40:]!r}",
         "read them in disagreements.jsonl",
     )
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return Path(row["where"]).name  # file:line without its folder
 
 
 def _groups(block: Mapping[str, Any], labelled: bool, say: Say) -> None:
@@ -276,9 +281,11 @@ def _together(report: Mapping[str, Any], found: list[dict[str, Any]]) -> None:
                 text += f"; the labels side with {a} {row['a_right']:,} times, with {b} {row['b_right']:,} times"
             say("note", None, text, "read them in disagreements.jsonl")
     for name, share in ((report["total"] or {}).get("gradient_share") or {}).items():
-        if share is not None and share < 0:
+        if share is None or report["rewards"][name]["distinct"] < 2:  # said already
+            continue
+        if share < 0:
             say("warn", name, "works against the other rewards of the weighted total", "lower its weight, or gate it")
-        elif share is not None and (share < 0.01 or share > 0.95):
+        elif share < 0.01 or share > 0.95:
             remedy = (
                 "raise its weight, or leave it out"
                 if share < 0.01

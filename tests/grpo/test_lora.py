@@ -28,7 +28,7 @@ from rollout import SamplingParams, build_engine
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "tiny_v3.yaml"
-LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": [], "target_parameters": []}
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": []}
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +215,6 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_settings_end_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"model.lora.lora_dropout is 0.1"):
-        load_config(settings(tmp_path, lora={"lora_dropout": 0.1}))
     with pytest.raises(ConfigError, match=r"unknown key 'model.lora.rank'; did you mean"):
         load_config(settings(tmp_path, lora={"rank": 4}))
     with pytest.raises(ValueError, match="names nothing; adapters can sit on"):

@@ -69,10 +69,10 @@ def test_resume_goes_on_as_if_never_stopped(reference: Path) -> None:
     name = "stopped"
     trainer = GRPOTrainer(settings(reference, name, "inline"), ["--grpo.max_steps=6"])
 
-    def stop(self: Cluster, version: int) -> None:
+    def stop(self: Cluster, version: int) -> dict[str, float]:
         if version == 5:
             raise RunFailure("stopped here")
-        sync(self, version)
+        return sync(self, version)
 
     sync, Cluster.sync_weights = Cluster.sync_weights, stop  # type: ignore[method-assign]
     try:

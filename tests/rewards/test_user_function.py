@@ -48,9 +48,6 @@ def messages(completion, prompt, **fields):
     print("a reward that prints")
     return float(prompt[-1]["content"] == "hi" and fields["when"] == "2026-01-02" and fields["vector"] == [1, 2])
 
-async def later(completion, prompt):
-    return 1.0
-
 def short(completion):
     return 1.0
 """
@@ -148,7 +145,6 @@ def test_loading_time_is_not_charged_to_the_sample(tmp_path):
         ("nothing.py:fn", ["no file", "nothing.py"]),
         ("no_such_package_x.y:fn", ["no module", "no_such_package_x"]),
         ("{path}:nothing_like_it", ["defines no 'nothing_like_it'"]),
-        ("{path}:later", ["async"]),
         ("{path}:short", ["(completion, prompt, ...)"]),
         ("{path}", ["pkg.module:fn"]),
         (5, ["pkg.module:fn"]),

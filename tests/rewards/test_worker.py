@@ -40,11 +40,11 @@ def options(tmp_path):
             """
         )
     )
-    return {"function": f"{tmp_path / 'fns.py'}:fn"}
+    return {"function": f"{tmp_path / 'fns.py'}:fn", "style": "own", "grouped": False, "kwargs": {}}
 
 
 def item(text, prompt=""):
-    return {"completion": text, "prompt": prompt, "fields": {}}
+    return [{"completion": text, "prompt": prompt, "fields": {}}]
 
 
 def alive(pid: int) -> bool:
@@ -79,7 +79,7 @@ def test_starts_on_use_ends_on_close_and_starts_again(options):
     pool = WorkerPool(2)
     assert pool.pids() == []
     [answer] = pool.run(TARGET, options, [item("a")], 5)
-    assert answer.status is Status.OK and pool.pids() == [int(answer.result)]  # as many as there is work
+    assert answer.status is Status.OK and pool.pids() == [int(answer.result[0]["value"])]  # as many as there is work
     nursery = pool._nursery.pid
     pids = [nursery, *pool.pids()]
     pool.close()
@@ -148,8 +148,8 @@ def test_nothing_outlives_a_parent_that_was_killed(options, text):
     sys.path.insert(0, {str(ROOT)!r})
     from rewards.worker import WorkerPool
     pool, options = WorkerPool(2), {options!r}
-    item = lambda text: {{"completion": text, "prompt": "", "fields": {{}}}}
-    pool.run({TARGET!r}, options, [item("a")] * 2, 5)
+    item = lambda text: [{{"completion": text, "prompt": "", "fields": {{}}}}]
+    assert [answer.status for answer in pool.run({TARGET!r}, options, [item("a")] * 2, 5)] == ["ok"] * 2
     print(pool._nursery.pid, *pool.pids(), flush=True)
     if {text!r} == "stuck":
         pool.run({TARGET!r}, options, [item("stuck")] * 2, 600)
@@ -171,7 +171,8 @@ def test_an_exiting_parent_leaves_nothing_and_needs_no_main_guard(options):
     sys.path.insert(0, {str(ROOT)!r})
     from rewards.worker import WorkerPool
     pool = WorkerPool(1)
-    pool.run({TARGET!r}, {options!r}, [{{"completion": "a", "prompt": "", "fields": {{}}}}], 5)
+    [answer] = pool.run({TARGET!r}, {options!r}, [[{{"completion": "a", "prompt": "", "fields": {{}}}}]], 5)
+    assert answer.status == "ok", answer
     print("ran", pool._nursery.pid, *pool.pids())
     """
     path = Path(options["function"].rpartition(":")[0]).with_name("unguarded.py")

@@ -1,0 +1,61 @@
+"""Claim: the smoke task is learnt with vLLM as the rollout engine as with the embedded one: the mean accuracy of three
+seeds is within 5 points of smoke_learns.json; and the checks of each push take under 5 % of a step.
+
+    python -m benchmarks.vllm_smoke [--seeds 0,1,2]
+
+Runs configs/vllm_smoke.yaml with .venv-vllm, which `make test-vllm` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import RESULTS, ROOT, machine, write_result
+from grpo.log import load_metrics
+
+GRPO = ROOT / ".venv-vllm" / "bin" / "grpo"
+
+
+def train(seed: int, folder: Path) -> dict[str, Any]:
+    run = folder / f"seed-{seed}"
+    arguments = [f"--run.seed={seed}", f"--run.output_dir={run}"]
+    subprocess.run([str(GRPO), "train", "configs/vllm_smoke.yaml", *arguments], cwd=ROOT, check=True)
+    rows = load_metrics(run)
+    curve = {row["step"]: row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None}
+    steps = [row for row in rows if row.get("step_time")]
+    row = {
+        "seed": seed,
+        "accuracy_curve": curve,
+        "accuracy_after": curve[max(curve)],
+        "step_seconds_median": float(np.median([row["step_time"] for row in steps])),
+        "weight_check_share_of_step": float(np.median([row["time/weight_check"] / row["step_time"] for row in steps])),
+        "logp_difference_max": max(row["sampling/sampling_logp_difference/max"] for row in steps),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", default="0,1,2")
+    args = parser.parse_args()
+    before = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [train(int(seed), Path(folder)) for seed in args.seeds.split(",")]
+    peers = json.loads((RESULTS / "smoke_learns.json").read_text())["results"]["runs"]
+    embedded = [run["accuracy_after"] for run in peers if run["rewards"] == "as scored"]
+    mean = float(np.mean([run["accuracy_after"] for run in runs]))
+    difference = 100 * (mean - float(np.mean(embedded)))
+    results = {"runs": runs, "mean_accuracy_after": mean, "points_above_embedded": round(difference, 1)}
+    print(write_result("vllm_smoke", __doc__ or "", before, results))
+
+
+if __name__ == "__main__":
+    main()

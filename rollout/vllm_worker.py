@@ -1,0 +1,123 @@
+"""What runs beside the model inside vLLM's worker: it takes over weights, and records what vLLM does not return.
+
+vLLM mixes WorkerExtension into its Worker, so `self` has `model_runner`, `device` and `reload_weights`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class WorkerExtension:
+    """Methods called through collective_rpc."""
+
+    def watch(self, routes: bool) -> None:
+        """Start to record for each request the log of the mass that truncation keeps, and its tokens' experts."""
+        self._support: dict[str, list[float]] = defaultdict(list)
+        self._routes: dict[str, list[tuple[int, np.ndarray]]] | None = defaultdict(list) if routes else None
+        self._watch_truncation()
+        if routes:
+            self._watch_routers()
+
+    def pop(self, request: str) -> dict[str, Any]:
+        """The record of a finished request: log_support [T], routes [prompt + T - 1, MoE layers, K] or None."""
+        routes = None if self._routes is None else _assembled(self._routes.pop(request))
+        return {"log_support": self._support.pop(request, []), "routes": routes}
+
+    def load(self, weights: list[tuple[str, torch.Tensor]]) -> int:
+        """Takes over tensors under published names by vLLM's layerwise reload; returns how many."""
+        kernels = {}
+        if self.device.type == "cpu":  # there a layer is packed for its kernel only while it has none yet
+            for module in self.model_runner.get_model().modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    kernels[method], method.moe_kernel = method.moe_kernel, None
+        try:
+            self.reload_weights(weights_iterator=iter(weights))
+        finally:
+            for method, kernel in kernels.items():
+                if method.moe_kernel is None:  # a layer that got no weights
+                    method.moe_kernel = kernel
+        return len(weights)
+
+    def faults(self, weights: list[tuple[str, torch.Tensor]], limit: int = 8) -> list[str]:
+        """The first lines of rollout.vllm_proof.faults for what was pushed."""
+        from itertools import islice
+
+        from rollout.vllm_proof import faults
+
+        with torch.inference_mode():
+            return list(islice(faults(self.model_runner.get_model(), dict(weights)), limit))
+
+    def _watch_truncation(self) -> None:
+        runner, sampler = self.model_runner, self.model_runner.sampler
+        draw = sampler.topk_topp_sampler.forward
+        tempered: list[torch.Tensor] = []
+        temper = sampler.apply_temperature
+
+        def apply_temperature(logits: torch.Tensor, *args: Any) -> torch.Tensor:
+            logits = temper(logits, *args)
+            tempered[:] = [torch.logsumexp(logits, dim=-1)]
+            return logits
+
+        def forward(logits: torch.Tensor, generators: Any, k: Any, p: Any) -> Any:
+            before = logits.clone() if tempered and self._truncates() else None
+            result = draw(logits, generators, k, p)
+            if before is not None and result[1] is not None:
+                tokens = result[0].view(-1, 1).long()
+                kept = before.gather(1, tokens)[:, 0] - tempered[0] - result[1].gather(1, tokens)[:, 0]
+                half_read = runner.discard_request_mask.np  # prompts of which a part was read: nothing is drawn yet
+                for request, value, skip in zip(runner.input_batch.req_ids, kept.tolist(), half_read):
+                    if not skip:
+                        self._support[_outer(request)].append(value)
+            return result
+
+        sampler.apply_temperature, sampler.topk_topp_sampler.forward = apply_temperature, forward
+
+    def _watch_routers(self) -> None:
+        runner = self.model_runner
+        layers = [m for m in runner.get_model().modules() if hasattr(getattr(m, "router", None), "set_capture_fn")]
+        seen: dict[int, torch.Tensor] = {}
+        for layer in sorted(layers, key=lambda module: module.layer_id):
+            layer.router.set_capture_fn(lambda ids, place=layer.layer_id: seen.__setitem__(place, ids.detach().clone()))
+        execute = runner.execute_model
+
+        def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.clear()
+            result = execute(scheduled, *args, **kwargs)
+            if seen:
+                ids = torch.stack([seen[place] for place in sorted(seen)], dim=1).cpu().numpy()  # [tokens, L_moe, K]
+                row, batch = 0, runner.input_batch
+                for index, request in enumerate(batch.req_ids):
+                    count = scheduled.num_scheduled_tokens.get(request, 0)
+                    start = int(batch.num_computed_tokens_cpu[index])
+                    self._routes[_outer(request)].append((start, ids[row : row + count]))  # type: ignore[index]
+                    row += count
+            return result
+
+        runner.execute_model = execute_model
+
+    def _truncates(self) -> bool:
+        batch = self.model_runner.input_batch
+        return not (batch.no_top_p and batch.no_top_k) or bool(self._min_p())
+
+    def _min_p(self) -> Any:
+        return any(getattr(processor, "min_p_count", 0) for processor in self.model_runner.input_batch.logitsprocs.all)
+
+
+def _outer(request: str) -> str:
+    """The id that was given to add_request; vLLM adds a suffix of its own."""
+    return request.split("-")[0]
+
+
+def _assembled(pieces: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    """[tokens, L_moe, K] of pieces that start at these positions; what was computed again counts as it was last."""
+    length = max(start + len(ids) for start, ids in pieces)
+    routes = np.zeros((length, *pieces[0][1].shape[1:]), dtype=pieces[0][1].dtype)
+    for start, ids in pieces:
+        routes[start : start + len(ids)] = ids
+    return routes
