@@ -1,19 +1,17 @@
-"""The report of a run: one HTML file with curves, samples and configuration that opens without a network.
-
-Plotly's script is part of the file (4.8 MB); text of the run enters it escaped, as models write what they like.
-"""
+"""The report of a run: one HTML file with curves, samples and configuration that opens without a network."""
 
 from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from rewards.web_page import write_web_page
 
 from .alarms import raised
 from .log import load_metrics, load_samples
@@ -73,8 +71,6 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises ValueError where the directory does not exist or metrics.jsonl or samples.jsonl is damaged.
     """
-    import plotly.offline
-
     directory = Path(run_dir)
     metrics, samples = load_metrics(directory), load_samples(directory)
     config_file = directory / "config.yaml"
@@ -95,12 +91,9 @@ def write_report(run_dir: str | Path) -> Path:
         ),
         "__NOTE__": html.escape(note),
         "__CONFIG__": html.escape(config_text or "no config.yaml in the run directory"),
-        "__DATA__": _script_json({"charts": charts, "columns": columns, "samples": rows}),
-        "__PLOTLY__": plotly.offline.get_plotlyjs(),
     }
-    report, temporary = directory / "report.html", directory / "report.html.tmp"
-    temporary.write_text(_fill(page, parts), encoding="utf-8", errors="replace")
-    temporary.replace(report)
+    report = directory / "report.html"
+    write_web_page(report, page, parts, {"charts": charts, "columns": columns, "samples": rows})
     return report
 
 
@@ -237,17 +230,6 @@ def _parsed(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return {k: v for k, v in content.items() if isinstance(v, dict)} if isinstance(content, dict) else {}
-
-
-def _fill(page: str, parts: dict[str, str]) -> str:
-    """Puts the parts in, in one pass: a part may contain another one's mark."""
-
-    return re.sub("|".join(parts), lambda match: parts[match[0]], page)
-
-
-def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in, nor open a comment in it."""
-    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _text(value: Any) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 from grpo import report
 from grpo.log import RunLog
 from grpo.report import sample_table, write_report
+from tests.browser import drive
 
 HOSTILE = (
     "</script><script>alert(1)</script><!-- <script </script\t<img src=x onerror=alert(2)> __CONFIG__ __PLOTLY__ "
@@ -211,37 +209,31 @@ def test_page_marks_are_all_filled(tmp_path: Path) -> None:
     assert not re.findall(r"__[A-Z]+__", page.text + page.scripts[0] + page.scripts[2])
 
 
-DRIVE = """<script>
-const seen = [], cells = () => [...body.rows].map(row => row.cells[2].textContent.slice(0, 3));
-const look = name => seen.push([name, cells(), count.textContent]);
-const click = name => [...head.querySelectorAll("button")].find(button => button.textContent === name).click();
+DRIVE = """
+const seen = [], table = document.getElementById("samples"), body = table.tBodies[0];
+const search = document.getElementById("search");
+const cells = () => [...body.rows].map(row => row.cells[2].textContent.slice(0, 3));
+const look = name => seen.push([name, cells(), document.getElementById("count").textContent]);
+const click = name => [...table.tHead.querySelectorAll("button")].find(button => button.textContent === name).click();
 const type = text => { search.value = text; search.dispatchEvent(new Event("input")); };
 look("start"); click("reward"); look("reward"); click("reward"); look("again"); click("step"); look("step");
 type("2+1"); look("prompt"); type("SCRIPT alert"); look("completion"); type("no such"); look("none");
 seen.push(["plots", document.querySelectorAll(".js-plotly-plot svg.main-svg").length > 0, document.title]);
 seen.push(["width", document.documentElement.scrollWidth <= innerWidth, ""]);
-const result = document.createElement("pre");
-result.id = "seen"; result.textContent = JSON.stringify(seen); document.body.append(result);
-</script></body>"""
+return seen;
+"""
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize("width", [500, 1400])
 def test_a_browser_sorts_and_searches(tmp_path: Path, width: int) -> None:
     with RunLog(tmp_path) as log:
         log.samples([sample(1, completion="a", reward=0.5), sample(2, completion="b", reward=None)])
         log.samples([sample(3, completion=HOSTILE, reward=10), sample(4, completion="d", reward=2)])
         log.metrics({"step": 1, "reward": 0.5})
-    page = write_report(tmp_path)
-    page.write_text(page.read_text().replace("</body>", DRIVE))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000"]
-    command = ["chromium", *options, "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
-    assert found, dom[-2000:]
+    seen, errors = drive(write_report(tmp_path), DRIVE, tmp_path, width)
     evil = HOSTILE[:3]
-    assert json.loads(html.unescape(found[1])) == [
+    assert errors == []
+    assert seen == [
         ["start", ["a", "b", evil, "d"], "4 samples"],
         ["reward", [evil, "d", "a", "b"], "4 samples"],  # as numbers, 10 before 2; null last
         ["again", ["a", "d", evil, "b"], "4 samples"],
