@@ -18,11 +18,18 @@ from rewards.worker import WorkerPool
 
 REGISTRY = {
     "math_answer": "rewards.math_answer:math_answer",
+    "cosine_length": "rewards.length_rules:cosine_length",
     "exact_match": "rewards.text_rules:exact_match",
     "format_tags": "rewards.text_rules:format_tags",
     "generative_reward": "rewards.generative_reward:generative_reward",
+    "group_length": "rewards.length_rules:group_length",
+    "gsm8k_answer": "rewards.gsm8k_answer:gsm8k_answer",
+    "json_schema": "rewards.json_schema:json_schema",
     "judge": "rewards.judge:judge",
+    "language_consistency": "rewards.language_consistency:language_consistency",
     "length": "rewards.length_rules:length",
+    "multiple_choice": "rewards.multiple_choice:multiple_choice",
+    "repetition": "rewards.repetition:repetition",
     "self_voting": "rewards.self_voting:self_voting",
     "soft_overlong": "rewards.length_rules:soft_overlong",
 }
