@@ -17,17 +17,27 @@ from rewards.rule import Rule, Verdict, each, failure
 
 LATIN = ("de", "en", "es", "fr")
 LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "ru", "zh")
-_LONGEST = 100_000  # characters that are read, half from the start and half from the end
+_LONGEST = 60_000  # characters that are read, half from the start and half from the end
 _NO_LANGUAGE = re.compile(
     r"```[^`]*(?:```|$)|`[^`\n]*`"  # code
     r"|\$\$[^$]*\$\$|\$[^$\n]*\$|\\\((?:[^\\\n]|\\(?![()]))*\\\)|\\\[[^\[\]]*\\\]"  # formulas
     r"|\\[A-Za-z]+(?:\{[^{}\n]*\})*|<[^<>\n]{1,80}>|https?://\S+"
 )
-_SEGMENT = re.compile(r"[.!?;:\n。！？；：…]+")
+_SEGMENT = re.compile(r"[.!?;:\n\u2026\u3002\uff01\uff1a\uff1b\uff1f]+")
+_LATIN_LETTER = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
+_WORDS = re.compile(r"[^\W\d_]{2}|[\u0400-\uffff]")  # a single letter says nothing
 _TOKEN = re.compile(
-    r"(?P<kana>[぀-ヿㇰ-ㇿｦ-ﾟ])|(?P<han>[㐀-䶿一-鿿豈-﫿々])|(?P<hangul>[가-힯ᄀ-ᇿ㄰-㆏]+)"
-    r"|(?P<cyrillic>[Ѐ-ӿ]+)|(?P<latin>[A-Za-zÀ-ÖØ-öø-ɏ]+(?:['’][A-Za-zÀ-ÖØ-öø-ɏ]+)*)"
-    r"|(?P<greek>[Ͱ-Ͽἀ-῿])|(?P<other>[^\W\d_])"
+    r"(?P<kana>[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f])"
+    r"|(?P<han>[\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
+    r"|(?P<hangul>[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]+)"
+    r"|(?P<cyrillic>[\u0400-\u04ff]+)"
+    rf"|(?P<latin>[{_LATIN_LETTER}]+(?:['\u2019][{_LATIN_LETTER}]+)*)"
+    r"|(?P<greek>[\u0370-\u03ff\u1f00-\u1fff])"
+    r"|(?P<other>[^\W\d_])"
+)
+_SYMBOLS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf mod gcd lcm det"
+    " arg deg dim ker rank tr sgn sqrt frac cdot times cm mm km dm kg mg ml kwh mph kmh pi mathrm boxed".split()
 )
 _CLEAR = 0.7  # by how much a word's or a segment's best Latin language must lead, in summed log-probability
 _PER_WORD = 2  # Chinese or Japanese characters that count as one word
@@ -74,7 +84,7 @@ def prompt_language(prompt: str | Sequence[Mapping[str, str]]) -> str | None:
     if not words:
         return None
     (best, count), *_ = words.most_common(1)
-    return best if count >= 2 and best in LANGUAGES else None
+    return best if count >= 1 and best in LANGUAGES else None
 
 
 def count_words(text: str, wanted: str | None = None) -> Counter[str]:
@@ -85,39 +95,38 @@ def count_words(text: str, wanted: str | None = None) -> Counter[str]:
     if len(text) > _LONGEST:
         text = text[: _LONGEST // 2] + "\n" + text[-_LONGEST // 2 :]
     total = Counter[str]()
-    latin_unclear = Counter[str]()
+    unclear = 0
     for segment in _SEGMENT.split(_NO_LANGUAGE.sub(" ", text)):
-        kinds = Counter[str]()
+        if not _WORDS.search(segment):
+            continue
+        kinds: list[str | None] = []
         latin = []
         for token in _TOKEN.finditer(segment):
-            kinds[token.lastgroup or ""] += 1
+            kinds.append(token.lastgroup)
             if token.lastgroup == "latin" and _speaks(token.group()):
-                latin.append(token.group().lower().replace("’", "'"))
-        east_asian = (kinds["kana"] + kinds["han"]) / _PER_WORD
-        if east_asian:
-            total["ja" if kinds["kana"] > 0.1 * kinds["han"] else "zh"] += east_asian  # type: ignore[assignment]
-        total["ko"] += kinds["hangul"]
-        total["ru"] += kinds["cyrillic"]
-        total[""] += kinds["other"]
+                latin.append(token.group().lower().replace("\u2019", "'"))
+        kana, han = kinds.count("kana"), kinds.count("han")
+        total["ja" if kana > 0.1 * han else "zh"] += (kana + han) / _PER_WORD  # type: ignore[assignment]
+        total["ko"] += kinds.count("hangul")
+        total["ru"] += kinds.count("cyrillic")
+        total[""] += kinds.count("other")
         best = _latin_language(latin)
-        (total if best else latin_unclear)[best] += len(latin)
+        total[best] += len(latin) if best else 0
+        unclear += 0 if best else len(latin)
     if wanted is not None and wanted not in LATIN:
-        total[""] += latin_unclear.total()
+        total[""] += unclear
     return +total
 
 
 def _speaks(word: str) -> bool:
     """Not a variable, an abbreviation or a unit."""
-    return len(word) > 1 and not word.isupper()
+    return len(word) > 1 and not word.isupper() and word.lower() not in _SYMBOLS
 
 
 def _latin_language(words: Sequence[str]) -> str:
     """The language of a segment's words; "" where it cannot be told."""
-    sums = Counter[str]()
-    for word in words:
-        for language, value in evidence(word).items():
-            sums[language] += value  # type: ignore[assignment]
-    if not sums:
+    if not words:
         return ""
-    (best, first), (_, second) = sums.most_common(2)
-    return best if first - second >= _CLEAR else ""
+    speak = [evidence(word) for word in words]
+    sums = sorted((sum(word[language] for word in speak), language) for language in LATIN)
+    return sums[-1][1] if sums[-1][0] - sums[-2][0] >= _CLEAR else ""

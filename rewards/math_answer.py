@@ -46,8 +46,8 @@ def last_boxes(text: str, gold: bool = False) -> list[str]:
 def _boxes(text: str) -> list[tuple[int, str]]:
     """(place, content) of the closed boxes among the last ones. Of nested ones only the inner is an answer."""
     found = []
-    for match in list(_BOX.finditer(text))[-_LAST_BOXES:]:
-        depth, start = 1, match.end()
+    for start in _openings(text):
+        depth = 1
         for brace in re.finditer(r"\\.|[{}]", text[start : start + _LONGEST_ANSWER], re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:
@@ -57,6 +57,18 @@ def _boxes(text: str) -> list[tuple[int, str]]:
             if depth > _LONGEST_ANSWER // 100:  # no answer is nested so deep
                 break
     return found
+
+
+def _openings(text: str) -> list[int]:
+    """Where the contents of the last boxes begin. Searched from the end: a megabyte may hold 150,000 of them."""
+    places = {name: text.rfind(name) for name in ("\\boxed", "\\fbox")}
+    found: list[int] = []
+    while max(places.values()) >= 0 and len(found) < _LAST_BOXES:
+        name = max(places, key=lambda name: places[name])
+        match = _BOX.match(text, places[name])
+        found.append(match.end() if match else -1)
+        places[name] = text.rfind(name, 0, places[name])
+    return [start for start in reversed(found) if start >= 0]
 
 
 def tidy(answer: str) -> str:

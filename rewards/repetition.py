@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from rewards.records import RewardInput
 from rewards.rule import Rule, each
 
-_WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W぀-ヿ㐀-鿿가-힯]+|[^\w\s]")  # Chinese, Japanese, Korean: every character
+_ONE_BY_ONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Japanese, Chinese, Korean: a character is a word
+_WORD = re.compile(rf"[{_ONE_BY_ONE}]|[^\W{_ONE_BY_ONE}]+|[^\w\s]")
 _LONGEST = 200_000  # characters, or a quarter as many tokens, counted from the end, where loops are
 
 

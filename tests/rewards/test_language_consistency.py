@@ -27,7 +27,7 @@ THOUGHTS = {
     "ko": "5월에는 그 절반을 팔았으므로 24개입니다. 두 달을 더하면 모두 72개가 됩니다.",
     "ru": "В мае она продала вдвое меньше, то есть 24 штуки. Сложив оба месяца, получаем 72 заколки.",
 }
-MATHS = r"""$$\text{the sum of all the numbers} = 72$$ and \(x = \frac{the}{number}\) 3 x + 4 y = 12 sin
+MATHS = r"""$$\text{the sum of all the numbers} = 72$$, \(x = \frac{the}{number}\) 3 x + 4 y = 12 sin
 ```python
 for number in the_list_of_numbers: print(number)
 ```"""
