@@ -14,7 +14,7 @@ from rewards.text_rules import answer_part
 
 _MARK = re.compile(r"####|^[ \t*]*A:|\banswer(?: is:?|:)", re.IGNORECASE | re.MULTILINE)
 _NUMBER = re.compile(
-    r"(?<![\w.,])([-−]?) ?[$€£¥]? ?([-−]?)"
+    r"(?<![\w.,])([-\u2212]?) ?[$\u20ac\u00a3\u00a5]? ?([-\u2212]?)"
     r"([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?: ?/ ?([0-9]+))?(?![0-9])"
 )
@@ -26,10 +26,10 @@ def gsm8k_answer(*, strict: bool = False) -> Rule:
     r"""1.0 if the completion's final number equals that of fields["answer"], else 0.0.
 
     The gold answer ends in `#### n` (GSM8K) or `A: n` (its model solutions), or is a number. In a completion the last
-    mark counts: `####`, `A:` at the start of a line, "answer is" or "answer:"; the rest of its line must hold one number
-    and no other. Without a mark the last \boxed{} counts, then the last number in the text (`strict`: neither does).
-    Signs, thousands commas, currencies, units, decimals, fractions and final full stops are read: `$1,200.00.` is 1200.
-    What precedes the last </think>, or stands outside the last <answer> pair, does not count.
+    mark counts: `####`, `A:` at the start of a line, "answer is" or "answer:"; the rest of its line must hold one
+    number and no other. Without a mark the last \boxed{} counts, then the last number in the text (`strict`: neither
+    does). Signs, thousands commas, currencies, units, decimals, fractions and final full stops are read: `$1,200.00.`
+    is 1200. What precedes the last </think>, or stands outside the last <answer> pair, does not count.
     """
 
     def score(sample: RewardInput) -> Verdict:
@@ -98,4 +98,3 @@ def _numbers(text: str) -> list[Fraction]:
         value = Fraction(digits.replace(",", "")) / int(divisor or 1)
         found.append(-value if sign or inner_sign else value)
     return found
-

@@ -27,11 +27,11 @@ def json_schema(
     """1.0 if the completion's answer is JSON that validates against the schema, else 0.0 with the first error in info.
 
     The answer is what follows </think> (in it the last <answer> pair), in that the last fenced block (``` or ```json),
-    else all of it. `schema`: one for all rows (JSON Schema, the draft that its $schema names, 2020-12 without); else each
-    row has its own in `column`, a mapping or JSON text. NaN and Infinity are no JSON. References to other documents
-    are not followed. An invalid schema of a row is UNPARSEABLE_GOLD. More than `timeout` seconds are the completion's
-    doing: 0.0, with the reason in info. ValueError: jsonschema is not installed, or `schema` is no valid schema.
-    """
+    else all of it. `schema`: one for all rows (JSON Schema, the draft that its $schema names, 2020-12 without); else
+    each row has its own in `column`, a mapping or JSON text. NaN and Infinity are no JSON. References to other
+    documents are not followed. An invalid schema of a row is UNPARSEABLE_GOLD. More than `timeout` seconds are the
+    completion's doing: 0.0, with the reason in info. ValueError: jsonschema is not installed, or `schema` is no valid
+    schema."""
     if importlib.util.find_spec("jsonschema") is None:
         raise ValueError("rewards.json_schema needs jsonschema; pip install 'grpo-v3[rewards]'")
     if schema is not None:
@@ -81,7 +81,7 @@ def schema_problem(schema: Any) -> str:
     if not isinstance(schema, Mapping | bool):
         return f"it is a {type(schema).__name__}; give a mapping"
     try:
-        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)  # pyright: ignore[reportArgumentType]
     except SchemaError as error:
         return f"{error.json_path}: {error.message}"[:300].replace("\n", " ")
     except RecursionError:
@@ -90,7 +90,7 @@ def schema_problem(schema: Any) -> str:
 
 
 def make() -> Callable[[Mapping[str, str]], tuple[float | None, str]]:
-    """In the worker: a function of {"schema", "answer"}: (value, reason); value is None where the schema is at fault."""
+    """In the worker: a function of {"schema", "answer"}: (value, reason); no value where the schema is at fault."""
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
     from referencing.exceptions import Unresolvable

@@ -35,11 +35,11 @@ _TOKEN = re.compile(
     r"|(?P<greek>[\u0370-\u03ff\u1f00-\u1fff])"
     r"|(?P<other>[^\W\d_])"
 )
-_SYMBOLS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min sup inf mod gcd lcm det"
-    " arg deg dim ker rank tr sgn sqrt frac cdot times cm mm km dm kg mg ml kwh mph kmh pi mathrm boxed".split()
+_SYMBOLS = re.compile(
+    "(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|l[ng]|exp|lim|max|min|sup|inf|mod|gcd|lcm|det|arg|deg|dim|ker|rank|tr"
+    "|sgn|sqrt|frac|cdot|times|pi|mathrm|boxed|[ckmd]m|[km]g|ml|kwh|mph|kmh"
 )
-_CLEAR = 0.7  # by how much a word's or a segment's best Latin language must lead, in summed log-probability
+_CLEAR = 0.7  # by how much a segment's best Latin language must lead, in summed log-probability
 _PER_WORD = 2  # Chinese or Japanese characters that count as one word
 
 
@@ -47,10 +47,10 @@ def language_consistency(*, language: str | None = None, min_words: int = 5) -> 
     """The share of words, from 0 to 1, of the chain of thought that are in the prompt's language.
 
     The chain of thought is what stands before the last </think>, or without one the whole completion. Its language
-    should be `language`, else that of the row's "language" column, else that of the prompt (the last user message). Known:
-    de, en, es, fr, ja, ko, ru, zh; words in others count as foreign. Two Chinese or Japanese characters are a word. It
-    does not apply where fewer than `min_words` words can be told, or the prompt's language cannot. ValueError: an
-    unknown language, or min_words below 1.
+    should be `language`, else that of the row's "language" column, else that of the prompt (the last user message).
+    Known: de, en, es, fr, ja, ko, ru, zh; words in others count as foreign. Two Chinese or Japanese characters are a
+    word. It does not apply where fewer than `min_words` words can be told, or the prompt's language cannot. ValueError:
+    an unknown language, or min_words below 1.
     """
     if language is not None and language not in LANGUAGES:
         raise ValueError(f"rewards.language_consistency.language is {language!r}; known: {', '.join(LANGUAGES)}")
@@ -120,7 +120,7 @@ def count_words(text: str, wanted: str | None = None) -> Counter[str]:
 
 def _speaks(word: str) -> bool:
     """Not a variable, an abbreviation or a unit."""
-    return len(word) > 1 and not word.isupper() and word.lower() not in _SYMBOLS
+    return len(word) > 1 and not word.isupper() and not _SYMBOLS.fullmatch(word.lower())
 
 
 def _latin_language(words: Sequence[str]) -> str:

@@ -51,17 +51,17 @@ SENTENCES = {
         correcte. Il faisait froid hier, bien que le soleil ait brillé pendant toute la matinée. Elle voulait savoir si
         son frère apporterait quelque chose en rentrant du travail.""",
     "es": """Pensemos en el problema paso a paso. Primero tenemos que averiguar cuántas manzanas hay en la cesta y
-        después restamos las que se han comido. Como cada uno de los niños toma tres, el total debe ser mayor que veinte.
-        Espera, eso no es del todo correcto, así que debería comprobar el cálculo otra vez. Si multiplicamos los dos
-        lados por el mismo número, la ecuación se mantiene, lo que significa que nuestra respuesta es correcta. Ayer hacía
-        frío, aunque el sol había brillado durante toda la mañana. Ella quería saber si su hermano traería algo cuando
-        volviera del trabajo.""",
-    "de": """Denken wir Schritt für Schritt über die Aufgabe nach. Zuerst müssen wir herausfinden, wie viele Äpfel im Korb
-        liegen, und dann ziehen wir diejenigen ab, die gegessen wurden. Da jedes der Kinder drei davon nimmt, muss die
-        Summe größer als zwanzig sein. Moment, das stimmt nicht ganz, also sollte ich die Rechnung noch einmal prüfen.
-        Wenn wir beide Seiten mit derselben Zahl multiplizieren, gilt die Gleichung weiterhin, was bedeutet, dass unsere
-        Antwort richtig ist. Gestern war es kalt, obwohl die Sonne den ganzen Vormittag geschienen hatte. Sie wollte
-        wissen, ob ihr Bruder etwas mitbringen würde, wenn er von der Arbeit nach Hause käme.""",
+        después restamos las que se han comido. Como cada uno de los niños toma tres, el total debe ser mayor que
+        veinte. Espera, eso no es del todo correcto, así que debería comprobar el cálculo otra vez. Si multiplicamos los
+        dos lados por el mismo número, la ecuación se mantiene, lo que significa que nuestra respuesta es correcta. Ayer
+        hacía frío, aunque el sol había brillado durante toda la mañana. Ella quería saber si su hermano traería algo
+        cuando volviera del trabajo.""",
+    "de": """Denken wir Schritt für Schritt über die Aufgabe nach. Zuerst müssen wir herausfinden, wie viele Äpfel im
+        Korb liegen, und dann ziehen wir diejenigen ab, die gegessen wurden. Da jedes der Kinder drei davon nimmt, muss
+        die Summe größer als zwanzig sein. Moment, das stimmt nicht ganz, also sollte ich die Rechnung noch einmal
+        prüfen. Wenn wir beide Seiten mit derselben Zahl multiplizieren, gilt die Gleichung weiterhin, was bedeutet,
+        dass unsere Antwort richtig ist. Gestern war es kalt, obwohl die Sonne den ganzen Vormittag geschienen hatte.
+        Sie wollte wissen, ob ihr Bruder etwas mitbringen würde, wenn er von der Arbeit nach Hause käme.""",
 }
 
 
@@ -73,7 +73,7 @@ def trigrams(word: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _profiles() -> tuple[dict[str, frozenset[str]], dict[str, dict[str, float]], dict[str, float]]:
-    """(language -> its common words, language -> log-probability of its trigrams, language -> that of an unseen one)."""
+    """For each language: its common words, the log-probability of its trigrams, and that of one it does not have."""
     counts = {}
     for language, sentences in SENTENCES.items():
         words = [word.strip(".,") for word in sentences.lower().split()] + COMMON_WORDS[language].split()

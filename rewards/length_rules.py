@@ -84,10 +84,10 @@ def cosine_length(
 ) -> Rule:
     """The cosine reward of Demystifying Long Chain-of-Thought Reasoning (arXiv 2502.03373), with open-r1's names.
 
-    With w = (1 + cos(pi * min(n, max_len) / max_len)) / 2, which falls from 1 to 0 with the n completion tokens: a right
-    completion gets min_value_correct + w * (max_value_correct - min_value_correct), shorter is better; a wrong one
-    max_value_wrong + w * (min_value_wrong - max_value_wrong), longer is better. `correct` names the reward that says
-    which is right; it runs with its default options, and where it has no verdict this one has none. It holds
+    With w = (1 + cos(pi * min(n, max_len) / max_len)) / 2, which falls from 1 to 0 with the n completion tokens: a
+    right completion gets min_value_correct + w * (max_value_correct - min_value_correct), shorter is better; a wrong
+    one max_value_wrong + w * (min_value_wrong - max_value_wrong), longer is better. `correct` names the reward that
+    says which is right; it runs with its default options, and where it has no verdict this one has none. It holds
     correctness itself, so it is used instead of that reward, not beside it. ValueError: a bad length, value or name.
     """
     _positive("cosine_length.max_len", max_len)

@@ -89,7 +89,7 @@ def tidy(answer: str) -> str:
 
 
 def gold_text(answer: object) -> str:
-    r"""The gold answer alone: the last box and those joined to it, what follows GSM8K's `####`, or the text itself, tidied."""
+    r"""The gold answer alone, tidied: the last box and those joined to it, what follows `####`, or the text itself."""
     text = str(answer) if answer is not None else ""
     boxes = last_boxes(text, gold=True)
     return ", ".join(map(tidy, boxes)) if boxes else tidy(text.rpartition("####")[2])

@@ -74,7 +74,7 @@ def _mathematics() -> tuple[Any, ...]:
 
 
 def _read(text: str, config: tuple[Any, ...] | None = None) -> list[Any]:
-    """[what math-verify makes of the text, the text of it]; [] if it finds nothing, the text alone if it is no maths."""
+    """[what math-verify makes of the text, the text of it]; [] if it finds nothing, only the text if it is no maths."""
     from math_verify import parse
 
     text = re.sub(r"\\mathrm\{([A-Za-z])\}", r"\1", text)  # its parser knows e but not \mathrm{e}
@@ -143,8 +143,9 @@ def _contradicts_itself(answer: str, item: Mapping[str, Any] | None = None) -> b
     equals (x = 3+4 = 7+2 = 9) are common and the last side counts; and where math-verify dropped something (a
     currency, a unit), the sides are quantities, not numbers.
     """
-    running = item is not None and not item["boxed"]
-    if running and answer not in item["text"]:
+    text = "" if item is None or item["boxed"] else item["text"]
+    running = text != ""
+    if running and answer not in text:
         return False
     for statement in re.split(r"[,;]", answer):
         sides = [side for side in _EQUALITY.split(statement) if side.strip()]

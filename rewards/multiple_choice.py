@@ -21,11 +21,11 @@ _LONGEST = 500  # characters of the text that names the option
 def multiple_choice(*, choices: str = "choices") -> Rule:
     r"""1.0 if the completion names the right option and no other, else 0.0.
 
-    fields["answer"] is a letter (`B`, `(B)`), the text of an option, or its number from 0 (an int, as in MMLU). `choices`
-    is the column of the options' texts (a list, or a mapping of letter to text); rows without it take letters only. A
-    completion names its option in the last <answer> pair, else in the last \boxed{}, else after the last "answer is" or
-    "answer:", else in its last line, which may then hold nothing else. A second letter, or the text of another option,
-    makes it no answer, so listing the options never pays.
+    fields["answer"] is a letter (`B`, `(B)`), the text of an option, or its number from 0 (an int, as in MMLU).
+    `choices` is the column of the options' texts (a list, or a mapping of letter to text); rows without it take letters
+    only. A completion names its option in the last <answer> pair, else in the last \boxed{}, else after the last
+    "answer is" or "answer:", else in its last line, which may then hold nothing else. A second letter, or the text of
+    another option, makes it no answer, so listing the options never pays.
     """
 
     def score(sample: RewardInput) -> Verdict:
@@ -33,7 +33,8 @@ def multiple_choice(*, choices: str = "choices") -> Rule:
         gold = _gold(sample.fields["answer"], texts)
         if gold is None:
             return failure(
-                Status.UNPARSEABLE_GOLD, f"the gold answer {sample.fields['answer']!r:.80} is no option of {texts!r:.80}"
+                Status.UNPARSEABLE_GOLD,
+                f"the gold answer {sample.fields['answer']!r:.80} is no option of {texts!r:.80}",
             )
         return float(named_option(sample.completion, texts) == gold)
 

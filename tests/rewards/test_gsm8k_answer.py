@@ -54,7 +54,7 @@ WRONG = [
     "<think>#### 1200</think>",
     "<think>#### 1200</think> <answer>7</answer>",
     "<answer>7 or 1200</answer>",
-    "#### ١٢٠٠",  # noqa: RUF001  (Arabic digits are no GSM8K answer)
+    "#### ١٢٠٠",
     "#### 1200" + " and so on" * 100,
     "1200 is what I say. It took 3 steps.",
     "\\boxed{7} 1200",

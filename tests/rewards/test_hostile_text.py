@@ -24,10 +24,12 @@ def filled(piece: str) -> str:
     return (piece * (MEGABYTE // len(piece) + 1))[:MEGABYTE]
 
 
-PIECES = ["{", "}", "\\boxed{", "\\boxed{{", "\\boxed{1} ", "\\boxed", "\\", "$", "\\(", "\\[", "`", "```", "<", "<think>",
-          "<answer>", "</answer>", "</think>", "<answer>1</answer>", " ", "\n", "\t \n", "a", "a ", "a'", "A ", "(A) ",
+PIECES = ["{", "}", "\\boxed{", "\\boxed{{", "\\boxed{1} ", "\\boxed", "\\", "$", "\\(", "\\[", "`", "```", "<",
+          "<think>", "<answer>", "</answer>", "</think>", "<answer>1</answer>",
+          " ", "\n", "\t \n", "a", "a ", "a'", "A ", "(A) ",
           "B or ", "1", "1,", "1 ", "1/", "$-", ".", "*", "_", "#", "#### ", "####\n", "A:", "A:\n", "answer is ",
-          "answer: 1\n", "the final answer is ", "https://", "\u6211", "\u3042", "\uac00", "\u0661", "\u0301"]  # fmt: skip
+          "answer: 1\n", "the final answer is ", "https://", "\u6211", "\u3042", "\uac00",
+          "\u0661", "\u0301"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [*map(filled, PIECES), *("x" + filled(piece) + "x" for piece in ("<", " ", "\\["))])

@@ -100,6 +100,6 @@ def test_recursion_of_the_schema_follows_the_text(by_row):
 
 @pytest.mark.parametrize("schema", [{"type": "nonsense"}, [], {"minimum": "1"}])
 def test_a_bad_schema_option_is_one_clear_line(schema):
-    with pytest.raises(ValueError, match="rewards.json_schema.schema") as caught:
+    with pytest.raises(ValueError, match=r"rewards\.json_schema\.schema") as caught:
         build_rewards({"json_schema": {"schema": schema}})
     assert "\n" not in str(caught.value)
