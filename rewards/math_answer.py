@@ -13,34 +13,62 @@ from typing import Any
 
 from rewards.records import RewardInput, Score, Status
 from rewards.rule import Rule, failure
-from rewards.text_rules import last_tagged
+from rewards.text_rules import answer_part
 from rewards.worker import Answer, WorkerPool
 
 TARGET = "rewards.math_grader:make"
-_JOINT = re.compile(r"(?:\s|[$,;]|\\[\[\]()]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\band\b|\bor\b)*")
+_JOINT = re.compile(r"[,;]|\b(?:and|or)\b")  # between two boxes of one answer
+_SENTENCE_END = re.compile(r"[.!?]\s|\n\s*\n")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_FINAL = re.compile(r"final answer is:?\s*(?=\$|\\[(\[]|-?\d)", re.IGNORECASE)
+_LONGEST_ANSWER = 10_000  # characters; a box that is not closed by then is none, so that braces cannot cost seconds
+_LAST_BOXES = 16  # how many are looked at
 
 
-def last_boxes(text: str) -> list[str]:
+def last_boxes(text: str, gold: bool = False) -> list[str]:
     r"""The contents of the last closed \boxed{...} (or \fbox), after those joined to it by a comma, "and" or "or".
 
-    Braces are matched. [] if there is no closed box.
+    Joined means in one sentence and less than 80 characters apart; in a gold answer, which never takes anything back,
+    also without a word between. Braces are matched. [] if there is no closed box.
     """
     boxes: list[str] = []
     start_of_next = len(text)
-    for match in reversed(list(_BOX.finditer(text))[-16:]):  # not all: an unclosed box costs a scan to the end
+    for start, content in reversed(_boxes(text)):
+        between = text[start + len(content) + 1 : start_of_next]
+        start_of_next = text.rfind("\\", 0, start)
+        joined = _JOINT.search(between) or (gold and not re.search("[A-Za-z]", between))
+        if boxes and not (len(between) < 80 and joined and not _SENTENCE_END.search(between)):
+            return boxes
+        boxes.insert(0, content)
+    return boxes
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """(place, content) of the closed boxes among the last ones. Of nested ones only the inner is an answer."""
+    found = []
+    for start in _openings(text):
         depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[match.end() : start_of_next], re.DOTALL):
+        for brace in re.finditer(r"\\.|[{}]", text[start : start + _LONGEST_ANSWER], re.DOTALL):
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:
-                end = match.end() + brace.start()
-                between = text[end + 1 : start_of_next]
-                if boxes and not (len(between) < 80 and _JOINT.fullmatch(between) and between.strip(" $\\[]()\n")):
-                    return boxes
-                boxes.insert(0, text[match.end() : end])
-                start_of_next = match.start()
+                content = text[start : start + brace.start()]
+                found += [] if _BOX.search(content) else [(start, content)]
                 break
-    return boxes
+            if depth > _LONGEST_ANSWER // 100:  # no answer is nested so deep
+                break
+    return found
+
+
+def _openings(text: str) -> list[int]:
+    """Where the contents of the last boxes begin. Searched from the end: a megabyte may hold 150,000 of them."""
+    places = {name: text.rfind(name) for name in ("\\boxed", "\\fbox")}
+    found: list[int] = []
+    while max(places.values()) >= 0 and len(found) < _LAST_BOXES:
+        name = max(places, key=lambda name: places[name])
+        match = _BOX.match(text, places[name])
+        found.append(match.end() if match else -1)
+        places[name] = text.rfind(name, 0, places[name])
+    return [start for start in reversed(found) if start >= 0]
 
 
 def tidy(answer: str) -> str:
@@ -61,24 +89,26 @@ def tidy(answer: str) -> str:
 
 
 def gold_text(answer: object) -> str:
-    r"""The gold answer alone: the last box, what follows GSM8K's `####`, or the text itself, tidied."""
+    r"""The gold answer alone, tidied: the last box and those joined to it, what follows `####`, or the text itself."""
     text = str(answer) if answer is not None else ""
-    boxes = last_boxes(text)
+    boxes = last_boxes(text, gold=True)
     return ", ".join(map(tidy, boxes)) if boxes else tidy(text.rpartition("####")[2])
 
 
 def extract(completion: str, gold: str) -> tuple[str, bool]:
     r"""(the part of a completion that holds its answer, whether it is the answer and nothing else).
 
-    What precedes the last </think> does not count; in the rest the last <answer> pair, in that the last box. Where
-    the gold answer is a list, boxes joined to the last one belong to the answer: `\boxed{1}` and `\boxed{2}`.
+    What precedes the last </think> does not count; in the rest the last <answer> pair, in that the last box, unless
+    "the final answer is ..." follows it. Where the gold answer is a list, boxes joined to the last one belong to the
+    answer: `\boxed{1}` and `\boxed{2}`.
     """
-    text = completion.rpartition("</think>")[2]
-    tagged = last_tagged(text, "answer")
-    text = text if tagged is None else tagged
+    text, _ = answer_part(completion)
     boxes = last_boxes(text)
     if not boxes:
         return text, False
+    final = _FINAL.search(text, text.rfind(boxes[-1] + "}"))
+    if final:
+        return text[final.start() :], False
     return ", ".join(map(tidy, boxes if "," in gold else boxes[-1:])), True
 
 

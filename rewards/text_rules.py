@@ -17,6 +17,20 @@ def last_tagged(text: str, tag: str) -> str | None:
     return text[start + len(tag) + 2 : end] if end >= 0 and start >= 0 else None
 
 
+def answer_part(completion: str) -> tuple[str, bool]:
+    """(the part that may hold the answer, whether it stood in <answer>).
+
+    It is the content of the last <answer> pair after the last </think>, or all that follows that.
+    """
+    text = completion.rpartition("</think>")[2]
+    tagged = last_tagged(text, "answer")
+    return (text, False) if tagged is None else (tagged, True)
+
+
+def _visible(character: str) -> bool:
+    return character.isprintable() and not character.isspace()  # a zero-width space is neither space nor visible
+
+
 def exact_match(*, tag: str | None = None, pattern: str | None = None) -> Rule:
     """1.0 if the extracted text equals fields["answer"] after strip(), else 0.0; nothing extracted is 0.0.
 
@@ -58,9 +72,10 @@ def exact_match(*, tag: str | None = None, pattern: str | None = None) -> Rule:
 def format_tags(*, tags: Sequence[str] = ("think", "answer"), prefix: str = "") -> Rule:
     """1.0 if the completion is exactly <a>..</a> <b>..</b> for the tags in order, else 0.0.
 
-    Each tag opens and closes exactly once, nothing but whitespace stands outside, and no pair is empty. `prefix` is
-    text the chat template already wrote (such as "<think>"), put in front of the completion. ValueError: no tags, or
-    one that is no plain name.
+    Each tag opens and closes exactly once, nothing but whitespace stands outside, and no pair is empty: the last one,
+    the answer, has something visible in it, those before have a letter or a digit (<think>.</think> is no thought).
+    `prefix` is text the chat template already wrote (such as "<think>"), put in front of the completion. ValueError: no
+    tags, or one that is no plain name.
     """
     if isinstance(tags, str) or not tags or len(set(tags)) < len(tags):
         raise ValueError(
@@ -78,6 +93,8 @@ def format_tags(*, tags: Sequence[str] = ("think", "answer"), prefix: str = "") 
         pieces = re.split("|".join(map(re.escape, marks)), text)  # outside, inside, outside, ..., outside
         in_order = re.findall("|".join(map(re.escape, marks)), text) == marks
         empty_outside = not any(piece.strip() for piece in pieces[0::2])
-        return float(in_order and empty_outside and all(piece.strip() for piece in pieces[1::2]))
+        *thoughts, answer = pieces[1::2]
+        thought_of = all(any(map(str.isalnum, thought)) for thought in thoughts)
+        return float(in_order and empty_outside and thought_of and any(map(_visible, answer)))
 
     return Rule(each(score), bounds=(0.0, 1.0))

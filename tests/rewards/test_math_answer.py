@@ -12,7 +12,8 @@ from rewards import RewardInput, Status, build_rewards
 
 pytest.importorskip("math_verify", reason="math_answer needs math-verify")
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "model_solutions.jsonl"
+PLACES = [folder / "shared/data/gsm8k/model_solutions.jsonl" for folder in Path(__file__).resolve().parents]
+GSM8K = next((place for place in PLACES if place.exists()), PLACES[3])
 
 RIGHT = [
     (r"\boxed{42}", "42"),
@@ -41,6 +42,23 @@ RIGHT = [
     ("The answer is B.", "B"),
     (r"\boxed{2} and \boxed{1}", r"1, 2"),
     (r"\boxed{1 - \frac{1}{\mathrm{e}}}", r"1-\frac1e"),
+    (r"\boxed{\boxed{42}}", "42"),
+    (r"\boxed{42\%}", "42"),
+    (r"\boxed{50\%}", "0.5"),
+    (r"\boxed{x<3}", r"(-\infty,3)"),
+    (r"\boxed{(-\infty,3)}", "x<3"),
+    (r"\boxed{30^\circ}", r"\pi/6"),
+    (r"\boxed{30^\circ}", "pi/6"),
+    (r"\boxed{30^\circ}", "30"),
+    (r"\boxed{1.22}", "1,22"),
+    (r"\boxed{(0.6, 2.6667]}", r"(\frac35, \frac83]"),  # rounded to five digits
+    ("so $x = 3+4 = 7+2 = 9$", "9"),  # run-on equals of running text
+    (r"it is $\frac{1}{2} \$ = \frac{10}{9}$", "10/9"),  # quantities, not numbers
+    (r"We save \boxed{255}. The final answer is $10,455$. I hope it is correct.", "10455"),
+    (r"\boxed{(3, 3)} \text{ for part (a) and } \boxed{(1, 1)}", "(3, 3), (1, 1)"),
+    (r"\(y_1 = \boxed{-2(x-1)^2} \) and \( y_2 = \boxed{3x} \)", "-2(x-1)^2, 3x"),
+    (r"\boxed{1,2}", r"\boxed{1} papers and \boxed{2} bins"),
+    (r"\boxed{1,2}", r"\boxed{1}\boxed{2}"),
 ]
 
 WRONG = [
@@ -50,6 +68,20 @@ WRONG = [
     ("The answer is $41=42$", "42"),
     (r"\boxed{42} or rather \boxed{41}", "42"),
     (r"\boxed{41, 42}", "42"),
+    (r"\boxed{x = 41 = 42}", "42"),
+    (r"so $x = 42 \approx 41$", "41"),
+    (r"\boxed{4200\%}", "42"),
+    (r"\boxed{\frac{1}{2006!}}", r"\frac{1}{2004!}"),
+    (r"\boxed{2^{-98}}", r"2^{-99}"),
+    (r"\boxed{0.0000002}", "0.0000001"),
+    (r"\boxed{\sum_{k=1}^{100} k}", "5050"),
+    (r"\boxed{\int_0^1 x^2 dx}", r"\frac13"),
+    (r"\boxed{\lim_{x\to 3} x}", "3"),
+    (r"\boxed{2.667}", r"\frac83"),
+    (r"\boxed{x<-3}", r"(-\infty,3)"),
+    (r"\boxed{60^\circ}", r"\pi/6"),
+    (r"\boxed{1, 2}", r"\boxed{1}. No, no: \boxed{2}"),
+    (r"\boxed{42} is the final answer, is it not?", "41"),
     (r"\boxed{1}, \boxed{2}, \boxed{3}", "1, 2"),
     (r"<think>\boxed{42}</think>", "42"),
     (r"\boxed{}", "42"),
