@@ -47,7 +47,12 @@ def run_probes(
     scorer = _Scorer(guarded, _characters_per_token(rows), {name: {} for name in guarded.parts})
     found = []
     for subject in subjects:
-        found += [real_answers(subject, real), raw_gold(subject, real, guarded)]
+        found.append(real_answers(subject, real))
+        if found[-1]["result"] == "fail" and found[-1]["mean"] is None:
+            text = "no real completion gets a verdict either"
+            found += [subject.outcome(probe.name, probe.what, "skipped", text) for probe in PROBES]
+            continue
+        found.append(raw_gold(subject, real, guarded))
         cases = _cases(subject)
         scorer.ahead([one for probe in PROBES if probe.expects != "time" for one in _asked(probe, subject, cases)[0]])
         found += [_probed(probe, subject, cases, scorer) for probe in PROBES]

@@ -18,8 +18,6 @@ _LATEX = re.compile(r"[\\^_{]")
 def real_answers(subject: Subject, real: Real) -> dict[str, Any]:
     """A template mismatch: every real completion gets the same, right or wrong, so no group teaches anything."""
     name, what = "template", "real completions: right and wrong ones must not all get the same"
-    if subject.purpose == "form":
-        return subject.outcome(name, what, "skipped", "this reward looks at the form, which may well be the same")
     scores = real.totals if subject.part is None else real.parts[subject.name]
     triples = [
         (row, score, label)
@@ -34,10 +32,13 @@ def real_answers(subject: Subject, real: Real) -> dict[str, Any]:
         "statuses": dict(Counter(str(score.status) for _, score, _ in triples)),
         "seconds": max((score.run_s for _, score, _ in triples), default=0.0),
     }
-    if not known and triples:
+    if not known and any(score.status is not Status.NOT_APPLICABLE for _, score, _ in triples):
         reason = triples[0][1].info.get("reason") or triples[0][1].status
         text = f"no real completion gets a verdict: {reason!s:.160}"
         return subject.outcome(name, what, "fail", text, "mend what the reason names before anything else", facts)
+    if subject.purpose == "form":
+        text = "this reward looks at the form, which may well be the same"
+        return subject.outcome(name, what, "skipped", text, facts=facts)
     right = [(row, s) for row, s, label in triples if (label if label is not None else _seems_right(row))]
     if len(known) < _FEW or len(right) in (0, len(triples)):
         return subject.outcome(

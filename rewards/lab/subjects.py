@@ -191,18 +191,24 @@ def _purpose(name: str, part: Part, rewards: Rewards, real: Real) -> Literal["ta
 
 
 def _by_perfect(part: Part) -> Callable[[RewardInput, str], str]:
+    complete = _complete(part)
+
     def write(row: RewardInput, text: str) -> str:
         """The text alone where the reward's own form does not follow from an answer (a program)."""
-        written = _complete(part)(with_gold(row, text))
-        return text if written is None or text not in written else written
+        written = complete(with_gold(row, text))
+        return text if written is None or text not in written or written == complete(row) else written
 
     return write
 
 
 def _complete(part: Part) -> Callable[[RewardInput], str | None]:
     def complete(row: RewardInput) -> str | None:
-        perfect = part.rule.perfect
-        return perfect(row.fields) if perfect is not None and part.rule.needs <= row.fields.keys() else None
+        if part.rule.perfect is None or not part.rule.needs <= row.fields.keys():
+            return None
+        try:
+            return part.rule.perfect(row.fields)
+        except ValueError:  # a row that the reward refuses; its scores say why
+            return None
 
     return complete
 
