@@ -26,6 +26,7 @@ REGISTRY = {
     "judge": "rewards.judge:judge",
     "length": "rewards.length_rules:length",
     "reasoning_gym": "rewards.reasoning_gym:reasoning_gym",
+    "reward_model": "rewards.reward_model:reward_model",
     "self_voting": "rewards.self_voting:self_voting",
     "soft_overlong": "rewards.length_rules:soft_overlong",
 }
