@@ -1,7 +1,7 @@
-"""Claim: a reward model stands in for what it was trained on. From preference pairs of a known scorer (letters.py), two
-answers to a prompt, the better one chosen, `grpo rewards train` reaches a held-out pair accuracy of 0.9 or more; GRPO on
-that model alone raises the known score of sampled answers by one standard deviation of the warm start's or more. With
-the model's scores permuted within each group (the control) it does not.
+"""Claim: a reward model stands in for what it was trained on. From pairs of answers, the better one told by a known
+scorer (letters.py), `grpo rewards train` reaches a held-out pair accuracy of 0.9 or more; GRPO on that model alone
+raises the known score of sampled answers by one standard deviation of the warm start's or more. With the model's scores
+permuted within each group (the control) it does not.
 
     python -m benchmarks.reward_model [--seeds 0,1,2] [--control-seeds 0]
     python -m benchmarks.reward_model --write runs/letters.jsonl      # the data of configs/reward_model.yaml

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rewards.records import RewardInput, Score, Status
 from rewards.rule import Rule, as_score, failure
@@ -21,7 +21,8 @@ from rewards.scorers import Forward, Text, find_scorer
 
 STATISTICS = "reward_model.json"  # beside the weights: mean and std of the scores on held-out completions
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a weight file in its fingerprint
+WHOLE_BYTES = 64 << 20  # files up to this size count to the last byte in a fingerprint
+_START_BYTES = 1024
 
 
 def reward_model(
@@ -123,22 +124,29 @@ def _forward(network: _Network, texts: Sequence[Text]) -> list[Score]:
 
 
 def fingerprint(directory: Path) -> str:
-    """Changes when the model or its tokenizer does: sizes, small files, headers and samples of the weights."""
+    """Changes when the model or its tokenizer does. Of a large file, every tensor's first KiB is read."""
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.iterdir() if path.suffix in _MODEL_FILES):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}\n".encode())
         with path.open("rb") as stream:
-            if size <= _SAMPLES * _SAMPLE_BYTES:
+            if size <= WHOLE_BYTES:
                 digest.update(stream.read())
                 continue
-            head = int.from_bytes(stream.read(8), "little") if path.suffix == ".safetensors" else 0
-            stream.seek(0)
-            digest.update(stream.read(min(8 + head, size)))
-            for sample in range(_SAMPLES):
-                stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
+            for start in _starts(stream, path.suffix, size):
+                stream.seek(start)
+                digest.update(stream.read(_START_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _starts(stream: BinaryIO, suffix: str, size: int) -> list[int]:
+    """Where the tensors of a safetensors file begin; 256 places of any other."""
+    if suffix != ".safetensors":
+        return [size * i // 256 for i in range(256)]
+    length = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return [0, *sorted(8 + length + entry["data_offsets"][0] for entry in header.values())]
 
 
 def _statistics(directory: Path) -> tuple[float, float]:
