@@ -198,7 +198,7 @@ class Learner:
         samples = [[TrainingSample(prompt[:1], prompt[1:], 1.0)] for prompt in prompts]
         (batch,) = pack(samples, 1 << 30)
         hidden = self.policy.hidden(batch)[batch.source]
-        logprobs = token_logprobs(hidden, self.policy.model.lm_head.weight, batch.target)[0]
+        logprobs = token_logprobs(hidden, self.policy.model.head.weight, batch.target)[0]
         return Canary(tuple(prompts), tuple(tuple(row) for row in logprobs.view(len(prompts), -1).tolist()))
 
     def save(self, directory: str | Path) -> None:
