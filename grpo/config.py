@@ -23,10 +23,12 @@ from .sections import (
     GRPOConfig,
     LoraConfig,
     ModelConfig,
+    RewardModelConfig,
     RolloutConfig,
     RunConfig,
     Section,
     StageConfig,
+    SupervisedConfig,
 )
 
 __all__ = [
@@ -38,10 +40,12 @@ __all__ = [
     "GRPOConfig",
     "LoraConfig",
     "ModelConfig",
+    "RewardModelConfig",
     "RolloutConfig",
     "RunConfig",
     "Section",
     "StageConfig",
+    "SupervisedConfig",
     "digest",
     "load_config",
 ]
@@ -63,6 +67,8 @@ class Config(Section):
     """`grpo pretrain`."""
     distill: DistillConfig | None = None
     """`grpo distill`."""
+    reward_model: RewardModelConfig | None = None
+    """`grpo rewards train`."""
     extend: ExtendConfig | None = None
     """`grpo pretrain` extends the context: of model.path, or of model.init after the `pretrain` section (kept under
     runs/.cache). null: it runs the `pretrain` section alone."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo.config import GRPOConfig, StageConfig
+from grpo.config import GRPOConfig, StageConfig, SupervisedConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
 from grpo.packing import pack
@@ -27,6 +27,7 @@ from grpo.weight_sync import Bucket, Canary, buckets
 from model import DeepseekV3ForCausalLM
 from model.checkpoint import load_weights, save_model
 from model.lora import FOLDER, LoraAdapter
+from model.modeling import DeepseekV3PreTrainedModel
 from model.names import HFModel, hf_state
 
 
@@ -36,7 +37,7 @@ class Learner:
     def __init__(
         self,
         model_dir: str | Path,
-        config: GRPOConfig | StageConfig,
+        config: GRPOConfig | SupervisedConfig,
         dtype: str = "float32",
         temperature: float = 1.0,
         checkpointing: bool = False,
@@ -44,16 +45,19 @@ class Learner:
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
         canaries: bool = False,
+        model: DeepseekV3PreTrainedModel | None = None,
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
-        engines are held against. Raises ValueError for a bad directory.
+        engines are held against. `model`: what to train, where it is not the policy in model_dir. Raises ValueError for
+        a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
-        model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+        if model is None:
+            model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
         rl = isinstance(config, GRPOConfig)
         auxiliary = AuxiliaryLosses(
-            mtp_loss_weight=config.mtp_loss_weight,
+            mtp_loss_weight=config.mtp_loss_weight if isinstance(config, GRPOConfig | StageConfig) else 0.0,
             mtp_detach=rl and config.mtp_detach,
             router_aux_loss_coef=config.router_aux_loss_coef,
         )
@@ -167,7 +171,7 @@ class Learner:
         """[R] float32: log-probabilities of a batch's targets, without gradient."""
         policy = policy or self.policy
         hidden = policy.hidden(batch)[batch.source]
-        return token_logprobs(hidden, policy.model.lm_head.weight, batch.target, self.temperature)[0]
+        return token_logprobs(hidden, policy.model.head.weight, batch.target, self.temperature)[0]
 
     def _prepare(self, batch: PackedBatch, old: bool) -> PackedBatch:
         return dataclasses.replace(
@@ -194,7 +198,7 @@ class Learner:
         samples = [[TrainingSample(prompt[:1], prompt[1:], 1.0)] for prompt in prompts]
         (batch,) = pack(samples, 1 << 30)
         hidden = self.policy.hidden(batch)[batch.source]
-        logprobs = token_logprobs(hidden, self.policy.model.lm_head.weight, batch.target)[0]
+        logprobs = token_logprobs(hidden, self.policy.model.head.weight, batch.target)[0]
         return Canary(tuple(prompts), tuple(tuple(row) for row in logprobs.view(len(prompts), -1).tolist()))
 
     def save(self, directory: str | Path) -> None:
@@ -252,7 +256,7 @@ def nll_loss(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch)
     return -(logprobs * rows.weights).sum(), stats
 
 
-def _optimizer(policy: DeepseekV3Policy, config: GRPOConfig | StageConfig) -> torch.optim.AdamW:
+def _optimizer(policy: DeepseekV3Policy, config: GRPOConfig | SupervisedConfig) -> torch.optim.AdamW:
     matrices = [p for p in policy.master if p.dim() > 1]
     vectors = [p for p in policy.master if p.dim() <= 1]
     groups: list[dict[str, Any]] = [

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from grpo.records import PackedBatch
 from grpo.router import trained_tokens
-from model import DeepseekV3ForCausalLM, SequenceLayout
+from model import SequenceLayout
 from model.lora import LoraAdapter
+from model.modeling import DeepseekV3PreTrainedModel
 from model.moe import TopkRouter, balanced_bias, expert_counts, sequence_balance_loss
 from model.mtp import mtp_loss
 
@@ -37,7 +38,7 @@ class DeepseekV3Policy:
     """DeepSeek-V3 in one process. Gradients accumulate in FP32 in `master`, whatever dtype the model computes in."""
 
     def __init__(
-        self, model: DeepseekV3ForCausalLM, auxiliary: AuxiliaryLosses | None = None, checkpointing: bool = False
+        self, model: DeepseekV3PreTrainedModel, auxiliary: AuxiliaryLosses | None = None, checkpointing: bool = False
     ) -> None:
         self.model = model.train()
         self.model.model.gradient_checkpointing = checkpointing
@@ -77,7 +78,7 @@ class DeepseekV3Policy:
             output_routing=True,
             output_router_scores=aux.router_aux_loss_coef > 0,
         )
-        loss, stats = loss_fn(out.hidden, model.lm_head.weight, batch)
+        loss, stats = loss_fn(out.hidden, model.head.weight, batch)
         assert out.routed_experts is not None
         trained = trained_tokens(batch, layout.segment_ids)
         counts = expert_counts(out.routed_experts, model.config.n_routed_experts, trained)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-rewards_app = typer.Typer(no_args_is_help=True, help="Rewards: list them, check a recipe's, evaluate them offline.")
+rewards_app = typer.Typer(no_args_is_help=True, help="Rewards: list, check, evaluate offline, train.")
 
 # `--section.key=value` is taken by grpo.overrides, not by typer
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -65,6 +65,22 @@ def rewards_verdicts(
     write_rows(out, made)
     print(f"{out}: {len(made):,} verdicts ({len(rows) - len(made):,} rows left out: nothing to judge)")
     print(f"train on it: grpo sft CONFIG --data.path={out} --data.completion_column=completion --data.holdout=0")
+
+
+@rewards_app.command("train", context_settings=OVERRIDES)
+def rewards_train(
+    ctx: typer.Context,
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with a reward_model section.")],
+) -> None:
+    """Train a reward model on preference pairs or labelled completions; writes it to run.output_dir.
+
+    Example: grpo rewards train configs/reward_model.yaml --data.path=pairs.jsonl --run.output_dir=runs/rm
+    """
+    from grpo.config import load_config
+    from grpo.reward_training import train_reward_model
+
+    result = train_reward_model(load_config(config, ctx.args))
+    print(f"{result.describe()}\nmodel: {result.out}")
 
 
 @rewards_app.command("check", context_settings=OVERRIDES)

@@ -230,29 +230,55 @@ class OptimizerConfig(Section):
     """Gradients are clipped to this norm. 0: no clipping."""
 
 
-class StageConfig(OptimizerConfig):
-    """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
+class SupervisedConfig(OptimizerConfig):
+    """What training on given examples shares."""
 
     max_steps: int = Field(default=300, ge=1)
     """Optimiser steps."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
     batch_size: int = Field(default=64, ge=1)
-    """Samples (SFT) or blocks (pretraining) a step."""
-    block_size: int = Field(default=512, ge=2)
-    """Pretraining: tokens in a block of packed text."""
+    """Samples (SFT), blocks (pretraining), pairs or labelled completions (reward models) a step."""
     max_tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Tokens in a micro-batch; a longer sample has one of its own."""
-    mtp_loss_weight: float = Field(default=0.1, ge=0)
-    """Weight of the multi-token-prediction loss (DeepSeek-V3 eq. 25); it reaches the trunk. 0: none."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
     """Weight of the sequence-wise balance loss (DeepSeek-V3 eq. 17). 0: none."""
     router_bias_update_rate: float = Field(default=0.001, ge=0)
     """Auxiliary-loss-free balancing by the tokens of an update: change of a router bias in it. 0: frozen."""
+
+
+class StageConfig(SupervisedConfig):
+    """Supervised stages (`grpo sft`, `grpo pretrain`) and the warm start of `grpo train`."""
+
+    block_size: int = Field(default=512, ge=2)
+    """Pretraining: tokens in a block of packed text."""
+    mtp_loss_weight: float = Field(default=0.1, ge=0)
+    """Weight of the multi-token-prediction loss (DeepSeek-V3 eq. 25); it reaches the trunk. 0: none."""
     stop_accuracy: float = Field(default=0.0, ge=0, le=1)
     """SFT stops once the sampled accuracy on training prompts that SFT does not see passes this. 0: runs max_steps."""
     eval_every: int = Field(default=25, ge=1)
     """Steps between the checks of stop_accuracy."""
+
+
+class RewardModelConfig(SupervisedConfig):
+    """`grpo rewards train`: a reward model from preference pairs, or from completions with labels. run.eval_steps says
+    how often it is evaluated on the held-out rows; rows that are too long follow data.drop_long_prompts."""
+
+    loss_type: Literal["bradley_terry", "mse", "bce"] = "bradley_terry"
+    """bradley_terry: -log sigmoid(score(chosen) - score(rejected) - margin) of a pair. Of a completion with a label:
+    mse, squared error of the score; bce, cross-entropy of sigmoid(score) against a label from 0 to 1."""
+    center_rewards_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of (score(chosen) + score(rejected))^2, which keeps scores around 0 (2312.09244, eq. 2). 0: none."""
+    chosen_column: str = "chosen"
+    """Column of the preferred completion: text, or a list of one assistant message."""
+    rejected_column: str = "rejected"
+    """Column of the other one."""
+    margin_column: str = "margin"
+    """Column of the difference of scores that a pair asks for. Rows without it ask for 0."""
+    label_column: str = "label"
+    """Column of the label; the completion is in data.completion_column (empty: `completion`)."""
+    max_length: int = Field(default=0, ge=0)
+    """Tokens of prompt and completion together; longer is an error, unless data.drop_long_prompts. 0: the context."""
 
 
 class DistillConfig(Section):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from grpo.prepare import Prepared, cached, load_tokenizer, reward_resources
 from grpo.progress import Progress
 from grpo.records import Prompt, TrainingSample
 from grpo.steps import reward_inputs
+from model import DeepseekV3ForCausalLM
 from model.config import DeepseekV3Config
 from rewards import build_rewards
 from rollout import SamplingParams, build_engine
@@ -30,6 +31,7 @@ from rollout.draws import seed_of
 PROBE_SIZE = 256  # training prompts kept from SFT to measure stop_accuracy on
 
 Example = tuple[Sequence[int], Sequence[int]]  # prompt ids, completion ids
+T = TypeVar("T")
 
 
 def warm_start(prepared: Prepared) -> Path:
@@ -98,7 +100,7 @@ def _train(
     probe: Sequence[Prompt],
 ) -> None:
     learner = Learner(model_dir, stage, dtype=config.model.dtype, checkpointing=config.model.gradient_checkpointing)
-    batches = _batches(examples, stage.batch_size, config.run.seed)
+    batches = shuffled_batches(examples, stage.batch_size, config.run.seed)
     # where a router comes from random weights, that it leaves them is no alarm
     alarms = Alarms({name: value for name, value in config.run.alarms.items() if name != "router/drift"})
     with RunLog(out) as log, Progress(stage.max_steps) as progress:
@@ -125,11 +127,11 @@ def _train(
     (out / "stage.json").write_text(json.dumps({"steps": step, **metrics}))
 
 
-def _batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
+def shuffled_batches(examples: Sequence[T], size: int, seed: int) -> Iterator[list[T]]:
     """Batches for ever, in a new seeded order each epoch; batches run across the ends of epochs."""
     if not examples:
         raise ConfigError("there is nothing to train on; check data.path")
-    waiting: list[Example] = []
+    waiting: list[T] = []
     epoch = 0
     while True:
         while len(waiting) < size:
@@ -142,13 +144,15 @@ def _batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list
 
 def sampled_accuracy(config: Config, learner: Learner, prompts: Sequence[Prompt], tokenizer: Any) -> float:
     """Share of right answers among one sample (temperature 1) for each prompt, from the learner's own weights."""
-    engine = build_engine(learner.policy.model)
+    model = learner.policy.model
+    assert isinstance(model, DeepseekV3ForCausalLM), f"{type(model).__name__} does not speak"
+    engine = build_engine(model)
     params = [
         SamplingParams(max_tokens=config.rollout.max_completion_length, seed=seed_of(config.run.seed, "probe", p.id))
         for p in prompts
     ]
     completions = engine.generate([p.token_ids for p in prompts], params)
-    learner.policy.model.train()
+    model.train()
     with closing(build_rewards(config.rewards, **reward_resources(config.model.dtype))) as rewards:
         scores = rewards.score(reward_inputs(prompts, completions, tokenizer))
     return float(np.mean([is_right(config, score) for score in scores]))

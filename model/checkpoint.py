@@ -8,15 +8,16 @@ else knows about it. Memory: the target, and one tensor at a time.
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.config import DeepseekV3Config
+from model.config import ARCHITECTURE, DeepseekV3Config
 from model.fp8 import BLOCK, dequantize_blocks, quantize_blocks, scale_shape
 from model.names import LAYER, SCALE_SUFFIX, HFModel, from_hf, hf_state, load_hf_state, stored_in_fp8
 from model.shards import INDEX, StoredTensor, TensorSpec, find_tensors, write_shards
@@ -35,9 +36,9 @@ class Checkpoint:
     config: DeepseekV3Config  # num_nextn_predict_layers is what the weights really hold
     tensors: dict[str, StoredTensor]  # by published name, scales among them
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, architecture: str = ARCHITECTURE) -> None:
         self.directory = Path(directory)
-        self.config = DeepseekV3Config.from_pretrained(directory)
+        self.config = DeepseekV3Config.from_pretrained(directory, architecture)
         self.values: dict[str, Any] = json.loads((self.directory / "config.json").read_text())
         _check_quantization(self.directory / "config.json", self.values.get("quantization_config"))
         self.tensors = {n: t for n, t in find_tensors(directory).items() if not n.endswith(SKIPPED)}
@@ -178,12 +179,16 @@ def quantization_config(scale_fmt: str) -> dict[str, Any]:
 
 
 def save_model(
-    model: HFModel, directory: str | Path, max_shard_bytes: int = SHARD_BYTES, scale_fmt: str | None = None
+    model: HFModel,
+    directory: str | Path,
+    max_shard_bytes: int = SHARD_BYTES,
+    scale_fmt: str | None = None,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the weights under published names, and config.json (with the dtype and MTP depth really saved).
 
-    scale_fmt None keeps the model's dtype; "float" or "ue8m0" gives the released FP8 form. Raises ValueError for
-    another one, or a weight that FP8 cannot hold.
+    scale_fmt None keeps the model's dtype; "float" or "ue8m0" gives the released FP8 form. `extra` goes into
+    config.json last. Raises ValueError for another form, or a weight that FP8 cannot hold.
     """
     if scale_fmt not in (None, *SCALE_FORMATS):
         raise ValueError(f"scale_fmt is {scale_fmt!r}: use {' or '.join(SCALE_FORMATS)}, or None for plain weights")
@@ -196,8 +201,8 @@ def save_model(
     else:
         layout = (TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in hf_state(model))
         write_shards(directory, layout, hf_state(model), max_shard_bytes)
-    dtype = "bfloat16" if scale_fmt else str(model.state_dict()["lm_head.weight"].dtype).removeprefix("torch.")
+    dtype = "bfloat16" if scale_fmt else str(model.state_dict()["model.norm.weight"].dtype).removeprefix("torch.")
     values = dataclasses.replace(model.config, dtype=dtype).to_dict()
     if scale_fmt:
         values["quantization_config"] = quantization_config(scale_fmt)
-    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps({**values, **extra}, indent=2) + "\n")

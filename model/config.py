@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
+SCORER_ARCHITECTURE = "DeepseekV3ForSequenceClassification"  # the same trunk under a head of one number
 # Kimi-K2 is the same architecture under its own model_type (it names our class in `architectures`).
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 YARN_KEYS = (
@@ -131,18 +132,18 @@ class DeepseekV3Config:
         return scale
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read a `config.json` mapping; keys of other tools are ignored.
+    def from_dict(cls, values: dict[str, Any], architecture: str = ARCHITECTURE) -> Self:
+        """Read a `config.json` mapping of a model with that head; keys of other tools are ignored.
 
         Both `rope_scaling` + `rope_theta` (published checkpoints) and `rope_parameters` (transformers 5) are read.
         Raises ValueError for another architecture, a missing size or an unsupported value.
         """
         model_type = values.get("model_type", "deepseek_v3")
         architectures = values.get("architectures") or [ARCHITECTURE]
-        if model_type not in MODEL_TYPES or ARCHITECTURE not in architectures:
+        if model_type not in MODEL_TYPES or architecture not in architectures:
             raise ValueError(
                 f"checkpoint from another architecture: model_type {model_type!r}, architectures {architectures!r}; "
-                f"this model needs model_type 'deepseek_v3' with {ARCHITECTURE}"
+                f"this model needs model_type 'deepseek_v3' with {architecture}"
             )
         known = {f.name for f in fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
@@ -169,12 +170,12 @@ class DeepseekV3Config:
         return cls(**kept)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
+    def from_pretrained(cls, directory: str | Path, architecture: str = ARCHITECTURE) -> Self:
         """Read `directory/config.json`. Raises ValueError when it is missing, broken or of another architecture."""
-        return cls.from_json(Path(directory) / "config.json")
+        return cls.from_json(Path(directory) / "config.json", architecture)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Self:
+    def from_json(cls, path: str | Path, architecture: str = ARCHITECTURE) -> Self:
         """Read a file in the form of `config.json`; errors as `from_pretrained`'s."""
         path = Path(path)
         if not path.is_file():
@@ -184,7 +185,7 @@ class DeepseekV3Config:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON ({error}): restore the file") from error
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, architecture)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint
 from model.config import DeepseekV3Config
-from model.modeling import DeepseekV3ForCausalLM
+from model.modeling import DeepseekV3ForCausalLM, DeepseekV3PreTrainedModel
 from model.names import from_hf, load_hf_state
 
 FOLDER = "adapter"  # of a checkpoint: PEFT's files, beside the merged weights
@@ -37,7 +37,7 @@ class LoraAdapter:
     """
 
     def __init__(
-        self, model: DeepseekV3ForCausalLM, options: Mapping[str, Any], base_dir: str | Path = "", seed: int = 0
+        self, model: DeepseekV3PreTrainedModel, options: Mapping[str, Any], base_dir: str | Path = "", seed: int = 0
     ) -> None:
         """options: fields of peft's LoraConfig. base_dir: where the weights came from, written into the adapter.
 
@@ -112,7 +112,7 @@ class MergedModel(Mapping[str, Tensor]):
     Its own `state_dict()`, so that names and checkpoints take it for a model.
     """
 
-    def __init__(self, model: DeepseekV3ForCausalLM, layers: Mapping[str, Any]) -> None:
+    def __init__(self, model: DeepseekV3PreTrainedModel, layers: Mapping[str, Any]) -> None:
         """layers: in-memory name of each adapted matrix -> peft's layer."""
         self.model, self.config, self.layers = model, model.config, layers
         # in-memory name -> name among peft's layers; taken once, as peft's forward pass reorders a module's parameters
@@ -173,7 +173,7 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-def _targets(model: DeepseekV3ForCausalLM, options: Mapping[str, Any]) -> dict[str, list[str]]:
+def _targets(model: DeepseekV3PreTrainedModel, options: Mapping[str, Any]) -> dict[str, list[str]]:
     """Both kinds of targets, checked. Where none are given: every matrix of a decoder layer but the router's."""
     names = [name for name, _ in model.named_parameters() if not name.startswith("mtp_layers.")]
     matrices = {

@@ -1,8 +1,11 @@
-"""The DeepSeek-V3 causal language model: embedding, decoder layers, final norm, head, and its MTP layers."""
+"""The DeepSeek-V3 causal language model: embedding, decoder layers, final norm, head, and its MTP layers.
+
+model/reward_head.py puts another head on the same trunk.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import DeepseekV3DecoderLayer, MTPLayer
 from model.checkpoint import SHARD_BYTES, Checkpoint, save_model
-from model.config import DeepseekV3Config
+from model.config import ARCHITECTURE, DeepseekV3Config
 from model.layers import RMSNorm
 from model.layout import SequenceLayout
 from model.moe import Experts, Routing, TopkRouter
@@ -66,22 +69,22 @@ class DeepseekV3Model(nn.Module):
         return self.norm(x), routings
 
 
-class DeepseekV3ForCausalLM(nn.Module):
-    """The model with its output head; `mtp_layers` holds the multi-token prediction layers of the config.
+class DeepseekV3PreTrainedModel(nn.Module):
+    """What every head on the trunk shares: new weights, the packed pass, directories read and written.
 
     A new model is drawn from torch's global random state (normal, std initializer_range). On torch.device("meta")
     nothing is drawn. `model.model.gradient_checkpointing = True` recomputes each layer in the backward pass.
     """
 
-    def __init__(self, config: DeepseekV3Config) -> None:
-        super().__init__()
-        self.config = config
-        self.model = DeepseekV3Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        depth = config.num_nextn_predict_layers
-        self.mtp_layers = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + k) for k in range(depth))
-        if not self.lm_head.weight.is_meta:
-            self.init_weights()
+    architecture: ClassVar[str]  # its name in config.json
+    head_name: ClassVar[str]  # of the linear layer on the hidden states
+    config: DeepseekV3Config
+    model: DeepseekV3Model
+    mtp_layers: nn.ModuleList
+
+    @property
+    def head(self) -> nn.Linear:
+        return getattr(self, self.head_name)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -97,11 +100,11 @@ class DeepseekV3ForCausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.head.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.head.weight.device
 
     @property
     def num_parameters(self) -> int:
@@ -136,13 +139,6 @@ class DeepseekV3ForCausalLM(nn.Module):
             tuple(r.scores for r in routings) if output_router_scores else None,
         )
 
-    def forward(self, input_ids: Tensor) -> CausalLMOutput:
-        """input_ids # [B, T], full causal attention from position 0 -> logits # [B, T, V]."""
-        layout = SequenceLayout.from_batch(*input_ids.shape, device=input_ids.device)
-        hidden, _ = self.model(input_ids.flatten(), layout)
-        hidden = hidden.unflatten(0, input_ids.shape)
-        return CausalLMOutput(self.lm_head(hidden), hidden)
-
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -152,7 +148,7 @@ class DeepseekV3ForCausalLM(nn.Module):
         ValueError if it does not fit, before any weight is read. MTP layers that the config promises and the weights
         lack (transformers drops them) are left out with a warning.
         """
-        checkpoint = Checkpoint(directory)
+        checkpoint = Checkpoint(directory, cls.architecture)
         with torch.device("meta"):
             model = cls(checkpoint.config)
         checkpoint.check(model)
@@ -168,4 +164,32 @@ class DeepseekV3ForCausalLM(nn.Module):
         scale_fmt None keeps the model's dtype; "float" or "ue8m0" gives the released FP8 form, with FP32 scales or
         powers of two, and all other weights BF16.
         """
-        save_model(self, directory, max_shard_bytes, scale_fmt)
+        save_model(self, directory, max_shard_bytes, scale_fmt, self._config_entries())
+
+    def _config_entries(self) -> dict[str, Any]:
+        """What config.json says beyond the configuration."""
+        return {"architectures": [self.architecture]}
+
+
+class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel):
+    """The model with its output head; `mtp_layers` holds the multi-token prediction layers of the config."""
+
+    architecture = ARCHITECTURE
+    head_name = "lm_head"
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DeepseekV3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        depth = config.num_nextn_predict_layers
+        self.mtp_layers = nn.ModuleList(MTPLayer(config, config.num_hidden_layers + k) for k in range(depth))
+        if not self.lm_head.weight.is_meta:
+            self.init_weights()
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        """input_ids # [B, T], full causal attention from position 0 -> logits # [B, T, V]."""
+        layout = SequenceLayout.from_batch(*input_ids.shape, device=input_ids.device)
+        hidden, _ = self.model(input_ids.flatten(), layout)
+        hidden = hidden.unflatten(0, input_ids.shape)
+        return CausalLMOutput(self.lm_head(hidden), hidden)

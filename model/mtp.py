@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import MTPLayer
 from model.layout import SequenceLayout
-from model.modeling import DeepseekV3ForCausalLM
+from model.modeling import DeepseekV3PreTrainedModel
 from model.moe import expert_counts
 
 CHUNK_LOGITS = 1 << 22  # logits held at a time where there are more; they are computed again in the backward pass
@@ -27,7 +27,7 @@ class MTPLoss(NamedTuple):
 
 
 def mtp_loss(
-    model: DeepseekV3ForCausalLM,
+    model: DeepseekV3PreTrainedModel,
     hidden: Tensor,
     input_ids: Tensor,
     layout: SequenceLayout,
@@ -48,7 +48,7 @@ def mtp_loss(
     if depth == 0:
         raise ValueError("num_nextn_predict_layers is 0: this model has no MTP layers to train")
     assert _same_start(input_ids, layout), "samples of one prompt begin with different tokens"
-    main, head = hidden.detach()[source], model.lm_head.weight  # [R, d]
+    main, head = hidden.detach()[source], model.head.weight  # [R, d]
     # Depth k reads k tokens ahead: all but the first of them may differ between the samples of a prompt.
     token_index, layout = layout.repeat_parents(depth - 1)
     hidden, ids = hidden.index_select(0, token_index), input_ids.index_select(0, token_index)  # [T', d], [T']
