@@ -49,7 +49,7 @@ def buckets(pairs: Iterable[tuple[str, torch.Tensor]], version: int, max_bytes: 
         if entries and size + raw.nbytes > max_bytes:
             filled.append(Bucket(version, len(filled), 0, tuple(entries), np.concatenate(parts)))
             entries, parts, size = [], [], 0
-        entries.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), zlib.crc32(raw)))
+        entries.append((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), zlib.crc32(raw.data)))
         parts.append(raw)
         size += raw.nbytes
     filled.append(Bucket(version, len(filled), 0, tuple(entries), np.concatenate(parts)))
@@ -79,7 +79,7 @@ def _tensors(received: Sequence[Bucket]) -> Iterator[tuple[str, torch.Tensor]]:
             nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             piece = data[offset : offset + nbytes]
             offset += nbytes
-            if zlib.crc32(piece.numpy()) != checksum:
+            if zlib.crc32(piece.numpy().data) != checksum:
                 raise ValueError(f"{name} of version {bucket.version} was damaged on its way: its checksum differs")
             if piece.storage_offset() % dtype.itemsize:  # a view needs an aligned start
                 piece = piece.clone()

@@ -30,7 +30,7 @@ def _entry(name: str, target: str) -> dict[str, str]:
         with build_rewards({name: {each.name: _some(str(each.annotation)) for each in required}}) as rewards:
             rule = rewards.parts[name].rule
     except (ValueError, TypeError) as error:
-        found = re.search(r'runs="(\w+)"', inspect.getsource(builder))
+        found = re.search(rf'"({"|".join(PLACES)})"', inspect.getsource(inspect.getmodule(builder) or builder))
         missing = f"options {', '.join(each.name for each in required)}" if required else " ".join(str(error).split())
         return {"name": name, "runs": PLACES[found[1] if found else "inline"], "needs": missing, "gives": gives}
     needs = [*sorted(rule.needs), *(f"option {each.name}" for each in required)]

@@ -20,7 +20,7 @@ def make(name: str) -> Callable[[Mapping[str, Any]], tuple[float, str] | None]:
     from reasoning_gym.factory import get_score_answer_fn
 
     check, first = CHECKS.get(name), FIRST.get(name)
-    own = get_score_answer_fn(name)
+    own: Any = get_score_answer_fn(name)
 
     def right(answer: str, item: Mapping[str, Any]) -> bool:
         if check is not None:

@@ -43,6 +43,10 @@ def exact_match(*, tag: str | None = None, pattern: str | None = None) -> Rule:
         raise ValueError("rewards.exact_match has both tag and pattern; keep one of them")
     regex: re.Pattern[str] | None = None
     if pattern is not None:
+        if not isinstance(pattern, str):
+            raise ValueError(
+                f"rewards.exact_match.pattern is {pattern!r}; give text, in quotes where YAML reads more into it"
+            )
         try:
             regex = re.compile(pattern, re.DOTALL)
         except re.error as error:

@@ -154,7 +154,7 @@ class VllmEngine:
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log-softmax(logits) of each prompt's tokens but the first, by a forward pass of the engine."""
-        from vllm import SamplingParams as VllmParams
+        from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
 
         wanted = VllmParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], wanted, use_tqdm=False)
@@ -193,8 +193,8 @@ class VllmEngine:
                 raise ValueError(f"{name} is missing: a load takes every tensor of the model")
 
     def _params(self, params: SamplingParams, seed: int) -> Any:
-        from vllm import SamplingParams as VllmParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
         stop = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)})
         return VllmParams(
@@ -258,20 +258,29 @@ def _vllm() -> Any:
             for loaded in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
                 del sys.modules[loaded]
             sys.modules[name] = None  # type: ignore[assignment]
-    import vllm
+    import vllm  # pyright: ignore[reportMissingImports]
 
     return vllm
 
 
 def _published(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint, from the headers of its files."""
+    """Name -> shape of every tensor of a checkpoint, from the headers of its files; without files, from config.json."""
     from safetensors import safe_open
 
     shapes = {}
     for path in sorted(model_dir.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
+    if shapes:
+        return shapes
+    import torch
+
+    from model import DeepseekV3Config, DeepseekV3ForCausalLM
+    from model.names import hf_state
+
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_pretrained(model_dir))
+    return {name: tuple(tensor.shape) for name, tensor in hf_state(model)}
 
 
 def _eos(config: Any) -> frozenset[int]:

@@ -15,6 +15,10 @@ import torch
 class WorkerExtension:
     """Methods called through collective_rpc."""
 
+    model_runner: Any  # these are the Worker's
+    device: torch.device
+    reload_weights: Any
+
     def watch(self, routes: bool) -> None:
         """Start to record for each request the log of the mass that truncation keeps, and its tokens' experts."""
         self._support: dict[str, list[float]] = defaultdict(list)
@@ -30,10 +34,10 @@ class WorkerExtension:
 
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> int:
         """Takes over tensors under published names by vLLM's layerwise reload; returns how many."""
-        kernels = {}
+        kernels: dict[Any, Any] = {}
         if self.device.type == "cpu":  # there a layer is packed for its kernel only while it has none yet
             for module in self.model_runner.get_model().modules():
-                method = getattr(module, "quant_method", None)
+                method: Any = getattr(module, "quant_method", None)
                 if getattr(method, "moe_kernel", None) is not None:
                     kernels[method], method.moe_kernel = method.moe_kernel, None
         try:
@@ -45,13 +49,11 @@ class WorkerExtension:
         return len(weights)
 
     def faults(self, weights: list[tuple[str, torch.Tensor]], limit: int = 8) -> list[str]:
-        """The first lines of rollout.vllm_proof.faults for what was pushed."""
-        from itertools import islice
-
+        """The first `limit` lines of rollout.vllm_proof.faults for what was pushed."""
         from rollout.vllm_proof import faults
 
         with torch.inference_mode():
-            return list(islice(faults(self.model_runner.get_model(), dict(weights)), limit))
+            return faults(self.model_runner.get_model(), dict(weights))[:limit]
 
     def _watch_truncation(self) -> None:
         runner, sampler = self.model_runner, self.model_runner.sampler
