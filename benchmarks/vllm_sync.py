@@ -1,5 +1,5 @@
-"""Claim: on one GPU, a push of all parameters of a Moonlight-shaped model to vLLM with every tensor proved takes at most
-1.15 times the bare `reload_weights` of the same run.
+"""Claim: on one GPU, a push of all parameters of a Moonlight-shaped model to vLLM with every tensor proved takes at
+most 1.15 times the bare `reload_weights` of the same run.
 
     python -m benchmarks.vllm_sync [--layers 27] [--fp8] [--rounds 5]
 

@@ -24,7 +24,7 @@ _FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
 }
 Pushed = Mapping[str, torch.Tensor]  # published name -> tensor
-Check = tuple[str, torch.Tensor]  # what is wrong, and a bool scalar that says whether it is
+Check = tuple[list[str], torch.Tensor]  # what may be wrong, and [as many] bool that say whether it is
 
 
 def faults(model: torch.nn.Module, pushed: Pushed) -> list[str]:
@@ -32,8 +32,9 @@ def faults(model: torch.nn.Module, pushed: Pushed) -> list[str]:
     checks = list(_checks(model, pushed))
     if not checks:
         return []
-    wrong = torch.stack([flag.to(checks[0][1].device) for _, flag in checks]).cpu()
-    return [what for (what, _), bad in zip(checks, wrong.tolist()) if bad]
+    device = checks[0][1].device
+    wrong = torch.cat([flags.to(device).reshape(-1) for _, flags in checks]).tolist()
+    return [line for line, bad in zip((line for lines, _ in checks for line in lines), wrong, strict=True) if bad]
 
 
 def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
@@ -64,23 +65,23 @@ def _bytes(name: str, live: Any, pushed: Pushed) -> Iterator[Check]:
     want = pushed[name]
     live = live.detach()[: len(want)]  # an embedding may be padded
     if live.shape != want.shape:
-        yield f"{name} has the shape {tuple(live.shape)} in the engine, not {tuple(want.shape)}", torch.tensor(True)
+        yield [f"{name} has the shape {tuple(live.shape)} in the engine, not {tuple(want.shape)}"], torch.tensor(True)
         return
     if name.endswith("e_score_correction_bias"):  # it is float32 whatever the model is
-        wrong = torch.tensor(live.dtype != torch.float32, device=live.device)
-        yield f"{name} lies in the engine as {live.dtype}; the router's bias must be float32", wrong
-    yield f"{name} differs from what was pushed", _differs(live, want)
+        wrong = torch.tensor(live.dtype != torch.float32)
+        yield [f"{name} lies in the engine as {live.dtype}; the router's bias must be float32"], wrong
+    yield [f"{name} differs from what was pushed"], _differs(live, want)
 
 
 def _rows(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[ROWS, width], the same on every call and machine."""
-    return torch.randn(ROWS, width, generator=torch.Generator().manual_seed(width)).to(device, dtype)
+    """[ROWS, width], the same on every call."""
+    return torch.randn(ROWS, width, generator=torch.Generator(device).manual_seed(width), device=device).to(dtype)
 
 
 def _off(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     """Whether a probe's result is further from the product than rounding takes it. `size`: |row| |weight row|."""
     error = (got.float() - want.float()).abs() / (size.float() + 1e-30)
-    return ~(error.amax() <= factor * TOLERANCE.get(got.dtype, 1e-2))  # a NaN is a fault
+    return ~(error.amax(dim=(-2, -1)) <= factor * TOLERANCE.get(got.dtype, 1e-2))  # a NaN is a fault
 
 
 def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
@@ -98,20 +99,21 @@ def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
     for part, weight in zip(names, weights):
         got, start = out[:, start : start + len(weight)], start + len(weight)
         size = x.float().norm(dim=1, keepdim=True) * weight.norm(dim=1, dtype=torch.float32)
-        what = f"{part} computes something else than what was pushed"
+        what = [f"{part} computes something else than what was pushed"]
         yield what, _off(got, F.linear(x, weight), size)
 
 
 def _experts(name: str, experts: Any, pushed: Pushed) -> Iterator[Check]:
     """Every expert alone: ROWS tokens that may choose no other, with gate weight 1."""
-    found = [int(m[1]) for key in pushed if (m := re.fullmatch(rf"{re.escape(name)}\.(\d+)\.down_proj\.weight", key))]
-    if not found:
+    count = 0
+    while f"{name}.{count}.down_proj.weight" in pushed:
+        count += 1
+    if not count:
         return
-    count = max(found) + 1
-    gates, ups, downs = (
-        [pushed[f"{name}.{e}.{part}_proj.weight"] for e in range(count)] for part in ("gate", "up", "down")
-    )
     device = next(p.device for p in experts.parameters())
+    gates, ups, downs = (
+        [pushed[f"{name}.{e}.{part}_proj.weight"].to(device) for e in range(count)] for part in ("gate", "up", "down")
+    )
     width, inner = gates[0].shape[1], gates[0].shape[0]
     x = _rows(width, device, gates[0].dtype)
     top_k = experts.moe_config.experts_per_token
@@ -121,26 +123,17 @@ def _experts(name: str, experts: Any, pushed: Pushed) -> Iterator[Check]:
     share[:, 0] = 1.0
     out = experts.forward_modular(x.repeat(count, 1), share, ids).view(count, ROWS, width)
 
-    w13, w2 = experts.w13_weight, experts.w2_weight
-    published = w13.shape == (count, 2 * inner, width) and w2.shape == (count, width, inner)
-    published = published and w13.dtype == gates[0].dtype
-    if published and device.type == "cuda":  # bytes too; the product is then of the very tensors in the engine
-        other = [
-            _differs(w13[e, :inner], gates[e]) | _differs(w13[e, inner:], ups[e]) | _differs(w2[e], downs[e])
-            for e in range(count)
-        ]
-        for e in range(count):
-            yield f"{name}.{e}: this expert differs from what was pushed", other[e]
-    else:
-        w13 = torch.stack([torch.cat([gate, up]) for gate, up in zip(gates, ups)]).to(device)
-        w2 = torch.stack(downs).to(device)
+    w13 = torch.cat([torch.stack(gates), torch.stack(ups)], dim=1)  # [E, 2 * inner, width]
+    w2 = torch.stack(downs)  # [E, width, inner]
+    if device.type == "cuda" and experts.w13_weight.shape == w13.shape and experts.w13_weight.dtype == w13.dtype:
+        other = (experts.w13_weight != w13).flatten(1).any(1) | (experts.w2_weight != w2).flatten(1).any(1)
+        yield [f"{name}.{e}: this expert differs from what was pushed" for e in range(count)], other
     gate, up = torch.matmul(x, w13.transpose(1, 2)).chunk(2, dim=-1)  # [E, ROWS, inner]
     hidden = F.silu(gate) * up
     want = torch.bmm(hidden, w2.transpose(1, 2))
     size = hidden.norm(dim=2, keepdim=True, dtype=torch.float32) * w2.norm(dim=2, dtype=torch.float32)[:, None]
-    for e in range(count):  # rounding of the hidden layer reaches the output: a wider limit, still far below a swap
-        what = f"{name}.{e}: this expert computes something else than what was pushed"
-        yield what, _off(out[e], want[e], size[e], factor=3.0)
+    lines = [f"{name}.{e}: this expert computes something else than what was pushed" for e in range(count)]
+    yield lines, _off(out, want, size, factor=3.0)  # rounding of the hidden layer reaches the output
 
 
 def _absorbed(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
@@ -151,4 +144,4 @@ def _absorbed(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
     heads, nope, _ = module.W_UK_T.shape
     weight = pushed[key].to(module.W_UK_T.device).view(heads, -1, pushed[key].shape[1])
     wrong = _differs(module.W_UK_T, weight[:, :nope]) | _differs(module.W_UV, weight[:, nope:].transpose(1, 2))
-    yield f"{key}: the absorbed products in the engine are not those of what was pushed", wrong
+    yield [f"{key}: the absorbed products in the engine are not those of what was pushed"], wrong
