@@ -114,7 +114,7 @@ def _experts(name: str, experts: Any, pushed: Pushed) -> Iterator[Check]:
     gates, ups, downs = (
         [pushed[f"{name}.{e}.{part}_proj.weight"].to(device) for e in range(count)] for part in ("gate", "up", "down")
     )
-    width, inner = gates[0].shape[1], gates[0].shape[0]
+    width = gates[0].shape[1]
     x = _rows(width, device, gates[0].dtype)
     top_k = experts.moe_config.experts_per_token
     ids = (torch.arange(count, device=device)[:, None] + torch.arange(top_k, device=device)) % count  # own first
