@@ -39,6 +39,7 @@ def faults(model: torch.nn.Module, pushed: Pushed) -> list[str]:
 
 def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
     modules: Iterable[tuple[str, Any]] = model.named_modules()
+    quantized = any(parameter.dtype.itemsize == 1 for parameter in model.parameters())
     for name, module in modules:
         if hasattr(module, "routed_experts"):
             yield from _experts(name, module.routed_experts, pushed)
@@ -52,7 +53,7 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
         elif type(module).__name__.endswith("Norm") and hasattr(module, "weight"):
             yield from _bytes(f"{name}.weight", module.weight, pushed)
         if getattr(module, "W_UK_T", None) is not None:
-            yield from _absorbed(name, module, pushed)
+            yield from _absorbed(name, module, pushed, quantized)
 
 
 def _differs(live: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
@@ -136,12 +137,15 @@ def _experts(name: str, experts: Any, pushed: Pushed) -> Iterator[Check]:
     yield lines, _off(out, want, size, factor=3.0)  # rounding of the hidden layer reaches the output
 
 
-def _absorbed(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
+def _absorbed(name: str, module: Any, pushed: Pushed, quantized: bool) -> Iterator[Check]:
     """MLA's products of kv_b_proj: W_UK_T [heads, nope, latent] and W_UV [heads, latent, v]."""
     key = re.sub(r"\.(mla_attn|attn)(\..*)?$", "", name) + ".kv_b_proj.weight"
     if key not in pushed:
         return
     heads, nope, _ = module.W_UK_T.shape
     weight = pushed[key].to(module.W_UK_T.device).view(heads, -1, pushed[key].shape[1])
-    wrong = _differs(module.W_UK_T, weight[:, :nope]) | _differs(module.W_UV, weight[:, nope:].transpose(1, 2))
+    pairs = ((module.W_UK_T, weight[:, :nope]), (module.W_UV, weight[:, nope:].transpose(1, 2)))
+    # an engine that quantised kv_b_proj absorbs what it rounded it to; a wrong row is far beyond rounding
+    gaps = [(live.float() - want.float()).norm(dim=(1, 2)) / want.float().norm(dim=(1, 2)) for live, want in pairs]
+    wrong = torch.stack([~(gap <= (0.05 if quantized else 0.0)).all() for gap in gaps]).any()
     yield [f"{key}: the absorbed products in the engine are not those of what was pushed"], wrong
