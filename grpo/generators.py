@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from grpo.config import ConfigError, digest
-from model.config import DeepseekV3Config
+from model.family import read_config
 from rollout import SamplingParams, build_engine
 from rollout.draws import seed_of
 
@@ -35,7 +35,7 @@ class EngineGenerator:
             raise ConfigError(
                 f"rewards.generative_reward.model {str(model_dir)!r} is no model directory (no config.json); check it"
             )
-        self.context = DeepseekV3Config.from_pretrained(self.path).max_position_embeddings
+        self.context = read_config(self.path).max_position_embeddings
         if options["max_tokens"] >= self.context:
             raise ConfigError(
                 f"rewards.generative_reward.max_tokens {options['max_tokens']} leaves no room for a question in the "

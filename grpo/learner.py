@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from grpo.auto_policy import AutoPolicy
 from grpo.config import GRPOConfig, StageConfig, SupervisedConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
 from grpo.packing import pack
-from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Stats
+from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Policy, Stats
 from grpo.records import PackedBatch, StepStats, TrainingSample
 from grpo.router import router_metrics
 from grpo.weight_sync import Bucket, Canary, buckets
-from model import DeepseekV3ForCausalLM
-from model.checkpoint import load_weights, save_model
-from model.lora import FOLDER, LoraAdapter
+from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
+from model.lora import FOLDER, LoraAdapter, MergedModel
 from model.modeling import DeepseekV3PreTrainedModel
-from model.names import HFModel, hf_state
 
 
 class Learner:
@@ -45,7 +44,7 @@ class Learner:
         lora: Mapping[str, Any] | None = None,
         seed: int = 0,
         canaries: bool = False,
-        model: DeepseekV3PreTrainedModel | None = None,
+        model: AnyModel | None = None,
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
@@ -54,7 +53,7 @@ class Learner:
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
         if model is None:
-            model = DeepseekV3ForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+            model = load_model(model_dir, dtype=getattr(torch, dtype))
         rl = isinstance(config, GRPOConfig)
         auxiliary = AuxiliaryLosses(
             mtp_loss_weight=config.mtp_loss_weight if isinstance(config, GRPOConfig | StageConfig) else 0.0,
@@ -62,16 +61,16 @@ class Learner:
             router_aux_loss_coef=config.router_aux_loss_coef,
         )
         self.adapter = None if lora is None else LoraAdapter(model, lora, model_dir, seed)
-        self.published: HFModel = model if self.adapter is None else self.adapter.merged
+        self.published: AnyModel | MergedModel = model if self.adapter is None else self.adapter.merged
         self.router_policy = config.router_policy if rl else "update"
         self.router_start: torch.Tensor | None = None  # [L_moe, E] tokens per expert in the first step
-        self.policy = DeepseekV3Policy(model, auxiliary, checkpointing)
-        self.reference: DeepseekV3Policy | AdapterOff | None = None
+        self.policy = _policy(model, auxiliary, checkpointing)
+        self.reference: Policy | AdapterOff | None = None
         if isinstance(config, GRPOConfig) and config.beta > 0 and self.adapter is not None:
             self.reference = AdapterOff(self.policy, self.adapter)
         elif isinstance(config, GRPOConfig) and config.beta > 0:
-            frozen = DeepseekV3ForCausalLM.from_pretrained(reference_dir or model_dir, dtype=getattr(torch, dtype))
-            self.reference = DeepseekV3Policy(frozen.requires_grad_(False))
+            frozen = load_model(reference_dir or model_dir, dtype=getattr(torch, dtype))
+            self.reference = _policy(frozen.requires_grad_(False))
         self.optimizer = _optimizer(self.policy, config)
         self.updates = 0  # optimiser updates so far
         self.policy_version = 0
@@ -137,13 +136,15 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.publish()
         total = _sum(stats)
-        if self.router_policy == "update" and self.config.router_bias_update_rate > 0:
+        if self.router_policy == "update" and self.config.router_bias_update_rate > 0 and "sum/expert_counts" in total:
             self.policy.balance(total["sum/expert_counts"], self.config.router_bias_update_rate)
         self.updates += 1
         return loss, norms[0], lr, total
 
     def model_metrics(self, total: Stats) -> dict[str, float]:
         """Of the statistics of a step: balance of the routers, and multi-token prediction where it is trained."""
+        if "sum/expert_counts" not in total:
+            return {}
         counts = total["sum/expert_counts"][: self.policy.model.config.num_moe_layers]
         if self.router_start is None and counts.any():
             self.router_start = counts
@@ -167,11 +168,11 @@ class Learner:
         return config.learning_rate * (share if config.lr_scheduler_type == "constant" else end + (1 - end) * share)
 
     @torch.no_grad()
-    def logprobs(self, batch: PackedBatch, policy: DeepseekV3Policy | AdapterOff | None = None) -> torch.Tensor:
+    def logprobs(self, batch: PackedBatch, policy: Policy | AdapterOff | None = None) -> torch.Tensor:
         """[R] float32: log-probabilities of a batch's targets, without gradient."""
         policy = policy or self.policy
         hidden = policy.hidden(batch)[batch.source]
-        return token_logprobs(hidden, policy.model.head.weight, batch.target, self.temperature)[0]
+        return token_logprobs(hidden, policy.head_weight, batch.target, self.temperature)[0]
 
     def _prepare(self, batch: PackedBatch, old: bool) -> PackedBatch:
         return dataclasses.replace(
@@ -185,7 +186,7 @@ class Learner:
 
     def weights(self) -> list[Bucket]:
         """The whole policy under published names, ready to travel; carries the policy version."""
-        first, *others = buckets(hf_state(self.published), self.policy_version)
+        first, *others = buckets(published_state(self.published), self.policy_version)
         return [dataclasses.replace(first, canary=self.canary() if self.canaries else None), *others]
 
     @torch.no_grad()
@@ -198,7 +199,7 @@ class Learner:
         samples = [[TrainingSample(prompt[:1], prompt[1:], 1.0)] for prompt in prompts]
         (batch,) = pack(samples, 1 << 30)
         hidden = self.policy.hidden(batch)[batch.source]
-        logprobs = token_logprobs(hidden, self.policy.model.head.weight, batch.target)[0]
+        logprobs = token_logprobs(hidden, self.policy.head_weight, batch.target)[0]
         return Canary(tuple(prompts), tuple(tuple(row) for row in logprobs.view(len(prompts), -1).tolist()))
 
     def save(self, directory: str | Path) -> None:
@@ -207,7 +208,7 @@ class Learner:
         Under LoRA the weights are merged ones, and `adapter/` has the adapter in PEFT's format.
         """
         directory = Path(directory)
-        save_model(self.published, directory)
+        save_weights(self.published, directory)
         if self.adapter is not None:
             self.adapter.save(directory)
         state = directory / "train_state"
@@ -235,7 +236,7 @@ class Learner:
                 f"{directory} is a checkpoint of an adapter; go on with the model.lora it was trained with"
             )
         else:
-            load_weights(self.policy.model, directory)
+            fill_weights(self.policy.model, directory)
         tensors = load_file(state / "optimizer.safetensors")
         for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
             if parameter is not master:
@@ -256,7 +257,13 @@ def nll_loss(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch)
     return -(logprobs * rows.weights).sum(), stats
 
 
-def _optimizer(policy: DeepseekV3Policy, config: GRPOConfig | SupervisedConfig) -> torch.optim.AdamW:
+def _policy(model: AnyModel, auxiliary: AuxiliaryLosses | None = None, checkpointing: bool = False) -> Policy:
+    if isinstance(model, DeepseekV3PreTrainedModel):
+        return DeepseekV3Policy(model, auxiliary, checkpointing)
+    return AutoPolicy(model, checkpointing)
+
+
+def _optimizer(policy: Policy, config: GRPOConfig | SupervisedConfig) -> torch.optim.AdamW:
     matrices = [p for p in policy.master if p.dim() > 1]
     vectors = [p for p in policy.master if p.dim() <= 1]
     groups: list[dict[str, Any]] = [

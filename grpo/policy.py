@@ -6,8 +6,10 @@ prediction, balance) are added here, with normalisers of the whole update, so gr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,26 +36,37 @@ class AuxiliaryLosses:
     router_aux_loss_coef: float = 0.0
 
 
-class DeepseekV3Policy:
-    """DeepSeek-V3 in one process. Gradients accumulate in FP32 in `master`, whatever dtype the model computes in."""
+class Policy(ABC):
+    """A model in one process. Gradients accumulate in FP32 in `master`, whatever dtype the model computes in."""
 
-    def __init__(
-        self, model: DeepseekV3PreTrainedModel, auxiliary: AuxiliaryLosses | None = None, checkpointing: bool = False
-    ) -> None:
-        self.model = model.train()
-        self.model.model.gradient_checkpointing = checkpointing
-        self.auxiliary = auxiliary or AuxiliaryLosses()
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         # an FP32 model is its own master copy
         self.master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
 
-    def forward_backward(self, microbatches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, list[Stats]]:
-        """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and statistics.
+    @property
+    @abstractmethod
+    def head_weight(self) -> torch.Tensor:
+        """[V, d]"""
 
-        To loss_fn's are added `sum/expert_counts` [layers with experts, E] of the tokens trained on (MTP layers last,
-        where they are trained) and sums over the depths of MTP.
-        """
+    @abstractmethod
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """[T, d] before the head, without gradient."""
+
+    @abstractmethod
+    def _loss(
+        self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
+    ) -> tuple[torch.Tensor, Stats]:
+        """Loss and statistics of a micro-batch, auxiliary losses included, by the normalisers of the whole update."""
+
+    @abstractmethod
+    def balance(self, counts: torch.Tensor, rate: float) -> None:
+        """Moves the biases of routers, where the architecture has them."""
+
+    def forward_backward(self, microbatches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, list[Stats]]:
+        """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and statistics."""
         total_rows = sum(len(b.target) for b in microbatches)
         total_samples = sum(b.num_samples for b in microbatches)
         loss_sum, stats = 0.0, []
@@ -65,6 +78,43 @@ class DeepseekV3Policy:
             loss_sum += float(loss.detach())
             stats.append(stat)
         return loss_sum, stats
+
+    def _collect(self) -> None:
+        for parameter, master in zip(self.parameters, self.master):
+            if parameter is not master and parameter.grad is not None:
+                grad = parameter.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                parameter.grad = None
+
+    def clip(self, max_norm: float) -> list[torch.Tensor]:
+        """Clips the gradients; returns their norms before, the policy's first."""
+        return [torch.nn.utils.clip_grad_norm_(self.master, max_norm, foreach=True)]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copies the master weights into the model that computes."""
+        for parameter, master in zip(self.parameters, self.master):
+            if parameter is not master:
+                parameter.copy_(master)
+
+
+class DeepseekV3Policy(Policy):
+    """DeepSeek-V3, with multi-token prediction and balanced routers.
+
+    To the statistics of loss_fn are added `sum/expert_counts` [layers with experts, E] of the tokens trained on (MTP
+    layers last, where they are trained) and sums over the depths of MTP.
+    """
+
+    def __init__(
+        self, model: DeepseekV3PreTrainedModel, auxiliary: AuxiliaryLosses | None = None, checkpointing: bool = False
+    ) -> None:
+        super().__init__(model.train())
+        self.model.model.gradient_checkpointing = checkpointing
+        self.auxiliary = auxiliary or AuxiliaryLosses()
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self.model.head.weight
 
     def _loss(
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
@@ -104,13 +154,6 @@ class DeepseekV3Policy:
         stats["sum/expert_counts"] = counts
         return loss, stats
 
-    def _collect(self) -> None:
-        for parameter, master in zip(self.parameters, self.master):
-            if parameter is not master and parameter.grad is not None:
-                grad = parameter.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                parameter.grad = None
-
     @torch.no_grad()
     def balance(self, counts: torch.Tensor, rate: float) -> None:
         """Auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2): moves the routers' biases by +-rate.
@@ -135,13 +178,6 @@ class DeepseekV3Policy:
         return [torch.nn.utils.clip_grad_norm_(part, max_norm, foreach=True) for _, part in sorted(parts.items())]
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Copies the master weights into the model that computes."""
-        for parameter, master in zip(self.parameters, self.master):
-            if parameter is not master:
-                parameter.copy_(master)
-
-    @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """[T, d] without gradient."""
         layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
@@ -151,8 +187,12 @@ class DeepseekV3Policy:
 class AdapterOff:
     """A policy that trains an adapter, without it: the reference policy, at no cost in memory."""
 
-    def __init__(self, policy: DeepseekV3Policy, adapter: LoraAdapter) -> None:
+    def __init__(self, policy: Policy, adapter: LoraAdapter) -> None:
         self.policy, self.adapter, self.model = policy, adapter, policy.model
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self.policy.head_weight
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """[T, d] without gradient."""

@@ -19,6 +19,7 @@ from grpo.config import Config, ConfigError, digest, load_config
 from grpo.data import Row, load_rows, make_prompts
 from grpo.records import Prompt
 from model.config import DeepseekV3Config
+from model.family import AnyConfig, read_config
 from rewards import build_rewards
 
 
@@ -54,7 +55,7 @@ def run_config(
 def prepare(config: Config) -> Prepared:
     """Reads and checks model, data and rewards against each other. Raises ValueError; takes seconds, not minutes."""
     model_dir = model_directory(config)
-    model_config = DeepseekV3Config.from_pretrained(model_dir)
+    model_config = read_config(model_dir, config.model.family)
     _check_model(config, model_config)
     tokenizer = load_tokenizer(model_dir)
     if not config.rewards:
@@ -86,7 +87,20 @@ def reward_resources(dtype: str = "float32") -> dict[str, Any]:
     return {"load_generator": load_generator}
 
 
-def _check_model(config: Config, model: DeepseekV3Config) -> None:
+def _check_model(config: Config, model: AnyConfig) -> None:
+    if not isinstance(model, DeepseekV3Config):
+        for key, value, off in (
+            ("grpo.router_policy", config.grpo.router_policy, "frozen"),
+            ("grpo.router_aux_loss_coef", config.grpo.router_aux_loss_coef, 0.0),
+            ("grpo.mtp_loss_weight", config.grpo.mtp_loss_weight, 0.0),
+            ("rollout.replay_routing", config.rollout.replay_routing, False),
+        ):
+            if value != off:
+                raise ConfigError(
+                    f"{key} is {value}, but the model is a {model.model_type!r}; only models of the DeepSeek-V3 family "
+                    f"have that here: set it to {str(off).lower()}"
+                )
+        return
     if config.grpo.mtp_loss_weight > 0 and model.num_nextn_predict_layers == 0:
         raise ConfigError(
             f"grpo.mtp_loss_weight is {config.grpo.mtp_loss_weight}, but the model has no MTP layers "

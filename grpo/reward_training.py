@@ -23,7 +23,7 @@ from grpo.data import load_rows
 from grpo.learner import Learner
 from grpo.log import RunLog
 from grpo.packing import pack
-from grpo.policy import DeepseekV3Policy, LossFn, Stats
+from grpo.policy import LossFn, Policy, Stats
 from grpo.preferences import Example, example_losses, is_paired, measures, read_examples, right
 from grpo.prepare import fresh_run_dir, load_tokenizer, model_directory
 from grpo.progress import Progress
@@ -187,19 +187,17 @@ def _columns(
 
 
 @torch.no_grad()
-def score_examples(policy: DeepseekV3Policy, examples: Sequence[Example], max_tokens: int) -> np.ndarray:
+def score_examples(policy: Policy, examples: Sequence[Example], max_tokens: int) -> np.ndarray:
     """[N, C] float32: the scores of N examples of C completions each."""
     completions = len(examples[0].completions)
     found = [
-        _columns(policy.hidden(batch), policy.model.head.weight, batch, completions)[0]
+        _columns(policy.hidden(batch), policy.head_weight, batch, completions)[0]
         for batch in pack_examples(examples, max_tokens)
     ]
     return torch.cat(found).cpu().numpy()
 
 
-def evaluate_examples(
-    policy: DeepseekV3Policy, examples: Sequence[Example], section: RewardModelConfig
-) -> dict[str, float]:
+def evaluate_examples(policy: Policy, examples: Sequence[Example], section: RewardModelConfig) -> dict[str, float]:
     """loss, accuracy, auc and margin of examples, see preferences.measures."""
     scores = score_examples(policy, examples, section.max_tokens_per_microbatch)
     return measures(scores, np.array([example.value for example in examples]), section)

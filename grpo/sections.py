@@ -76,8 +76,9 @@ class ModelConfig(Section):
     """HF model directory to start from."""
     init: str | dict[str, Any] | None = None
     """Instead of `path`: a model YAML (`grpo model init`), or its content, to start from random weights."""
-    family: Literal["deepseek_v3"] = "deepseek_v3"
-    """Architecture family of the checkpoint."""
+    family: Literal["deepseek_v3", "auto"] = "deepseek_v3"
+    """Architectures that the model may have. deepseek_v3: ours; auto: any causal language model of transformers, Qwen
+    and Llama for instance (one of the DeepSeek-V3 family is ours still)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of computation. Master weights, gradients accumulated over micro-batches and the optimiser are always float32."""
     fp8: Literal["off"] = "off"

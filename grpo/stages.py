@@ -22,8 +22,7 @@ from grpo.prepare import Prepared, cached, load_tokenizer, reward_resources
 from grpo.progress import Progress
 from grpo.records import Prompt, TrainingSample
 from grpo.steps import reward_inputs
-from model import DeepseekV3ForCausalLM
-from model.config import DeepseekV3Config
+from model.family import read_config, save_weights
 from rewards import build_rewards
 from rollout import SamplingParams, build_engine
 from rollout.draws import seed_of
@@ -63,7 +62,7 @@ def run_sft(config: Config, model_dir: Path, out: Path, prepared: Prepared | Non
     torch.set_num_threads(config.run.threads)
     tokenizer = load_tokenizer(model_dir)
     rows = prepared.train_rows if prepared else load_rows(config.data)[0]
-    context = DeepseekV3Config.from_pretrained(model_dir).max_position_embeddings
+    context = read_config(model_dir, config.model.family).max_position_embeddings
     probe: list[Prompt] = []
     if config.sft.stop_accuracy > 0:
         if not config.rewards:
@@ -80,7 +79,7 @@ def run_pretrain(config: Config, model_dir: Path, out: Path) -> None:
     if config.pretrain is None:
         raise ConfigError("the configuration has no pretrain section; add one, e.g. `pretrain: {max_steps: 1000}`")
     torch.set_num_threads(config.run.threads)
-    context = DeepseekV3Config.from_pretrained(model_dir).max_position_embeddings
+    context = read_config(model_dir, config.model.family).max_position_embeddings
     if config.pretrain.block_size > context:
         raise ConfigError(
             f"pretrain.block_size {config.pretrain.block_size} is more than the context of {context}; lower it"
@@ -122,7 +121,7 @@ def _train(
                 progress.warn(line)
             if probe and reached >= stage.stop_accuracy:
                 break
-    learner.policy.model.save_pretrained(out)
+    save_weights(learner.policy.model, out)
     tokenizer.save_pretrained(out)
     (out / "stage.json").write_text(json.dumps({"steps": step, **metrics}))
 
@@ -144,15 +143,12 @@ def shuffled_batches(examples: Sequence[T], size: int, seed: int) -> Iterator[li
 
 def sampled_accuracy(config: Config, learner: Learner, prompts: Sequence[Prompt], tokenizer: Any) -> float:
     """Share of right answers among one sample (temperature 1) for each prompt, from the learner's own weights."""
-    model = learner.policy.model
-    assert isinstance(model, DeepseekV3ForCausalLM), f"{type(model).__name__} does not speak"
-    engine = build_engine(model)
+    engine = build_engine(learner.policy.model)
     params = [
         SamplingParams(max_tokens=config.rollout.max_completion_length, seed=seed_of(config.run.seed, "probe", p.id))
         for p in prompts
     ]
     completions = engine.generate([p.token_ids for p in prompts], params)
-    model.train()
     with closing(build_rewards(config.rewards, **reward_resources(config.model.dtype))) as rewards:
         scores = rewards.score(reward_inputs(prompts, completions, tokenizer))
     return float(np.mean([is_right(config, score) for score in scores]))

@@ -21,7 +21,7 @@ from grpo.prepare import Prepared, fresh_run_dir, prepare, run_config
 from grpo.progress import Progress
 from grpo.report import write_report
 from grpo.stages import warm_start
-from model.config import DeepseekV3Config
+from model.family import read_config
 from model.lora import check_lora
 from rewards import RewardFailure
 from rollout import WeightFault
@@ -60,7 +60,7 @@ class GRPOTrainer:
         torch.set_num_threads(config.run.threads)
         prepared = prepare(config)
         if config.model.lora is not None:
-            check_lora(DeepseekV3Config.from_pretrained(prepared.model_dir), config.model.lora.model_dump())
+            check_lora(read_config(prepared.model_dir), config.model.lora.model_dump())
         checkpoint = last_checkpoint(Path(config.run.output_dir)) if self.resume else None
         run_dir = Path(config.run.output_dir) if self.resume else fresh_run_dir(config)
         start_dir = warm_start(prepared) if config.sft is not None else prepared.model_dir

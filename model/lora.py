@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint
-from model.config import DeepseekV3Config
-from model.modeling import DeepseekV3ForCausalLM, DeepseekV3PreTrainedModel
+from model.family import AnyConfig, AnyModel, empty_model
+from model.modeling import DeepseekV3PreTrainedModel
 from model.names import from_hf, load_hf_state
 
 FOLDER = "adapter"  # of a checkpoint: PEFT's files, beside the merged weights
@@ -36,9 +37,7 @@ class LoraAdapter:
     Only the adapter's parameters require gradients; they are float32 whatever dtype the model has. B starts at 0.
     """
 
-    def __init__(
-        self, model: DeepseekV3PreTrainedModel, options: Mapping[str, Any], base_dir: str | Path = "", seed: int = 0
-    ) -> None:
+    def __init__(self, model: AnyModel, options: Mapping[str, Any], base_dir: str | Path = "", seed: int = 0) -> None:
         """options: fields of peft's LoraConfig. base_dir: where the weights came from, written into the adapter.
 
         MTP layers get no adapter: transformers' model, on which it must load too, has none. Raises ValueError where
@@ -51,11 +50,9 @@ class LoraAdapter:
             raise ValueError("model.lora is set, but peft is not installed; pip install 'grpo-v3[lora]'") from err
         self.config = LoraConfig(**{**options, **_targets(model, options)}, task_type="CAUSAL_LM")
         model.requires_grad_(False)
-        mtp_layers, model.mtp_layers = model.mtp_layers, nn.ModuleList()  # out of peft's sight
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _without_mtp(model):
             torch.manual_seed(seed)
-            self.peft = PeftModel(model, self.config)
-        model.mtp_layers = mtp_layers
+            self.peft = PeftModel(model, self.config)  # type: ignore[arg-type]
         self.config.base_model_name_or_path = str(Path(base_dir).resolve()) if base_dir else None
         layers = {
             f"{_plain(name)}.{getattr(module, 'parameter_name', 'weight')}": module
@@ -103,7 +100,8 @@ class LoraAdapter:
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-        self.merged.load_unadapted(Checkpoint(directory).read())
+        if isinstance(self.merged.model, DeepseekV3PreTrainedModel):  # elsewhere nothing but the adapter moves
+            self.merged.load_unadapted(Checkpoint(directory).read())
 
 
 class MergedModel(Mapping[str, Tensor]):
@@ -112,9 +110,10 @@ class MergedModel(Mapping[str, Tensor]):
     Its own `state_dict()`, so that names and checkpoints take it for a model.
     """
 
-    def __init__(self, model: DeepseekV3PreTrainedModel, layers: Mapping[str, Any]) -> None:
+    def __init__(self, model: AnyModel, layers: Mapping[str, Any]) -> None:
         """layers: in-memory name of each adapted matrix -> peft's layer."""
-        self.model, self.config, self.layers = model, model.config, layers
+        self.model, self.layers = model, layers
+        self.config: Any = model.config
         # in-memory name -> name among peft's layers; taken once, as peft's forward pass reorders a module's parameters
         self.places = {_plain(name): name for name in model.state_dict() if ".lora_" not in name}
 
@@ -162,10 +161,21 @@ def merged_weight(layer: Any) -> Tensor:
     return base.weight + layer.get_delta_weight("default").to(base.weight.dtype)
 
 
-def check_lora(config: DeepseekV3Config, options: Mapping[str, Any]) -> None:
+def check_lora(config: AnyConfig, options: Mapping[str, Any]) -> None:
     """Raises what LoraAdapter would, without any weights."""
     with torch.device("meta"):
-        LoraAdapter(DeepseekV3ForCausalLM(config), options)
+        LoraAdapter(empty_model(config), options)
+
+
+@contextmanager
+def _without_mtp(model: AnyModel) -> Iterator[None]:
+    """While it lasts the MTP layers are out of peft's sight."""
+    if not isinstance(model, DeepseekV3PreTrainedModel):
+        yield
+        return
+    mtp_layers, model.mtp_layers = model.mtp_layers, nn.ModuleList()
+    yield
+    model.mtp_layers = mtp_layers
 
 
 def _plain(name: str) -> str:
@@ -173,14 +183,17 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-def _targets(model: DeepseekV3PreTrainedModel, options: Mapping[str, Any]) -> dict[str, list[str]]:
+def _targets(model: AnyModel, options: Mapping[str, Any]) -> dict[str, list[str]]:
     """Both kinds of targets, checked. Where none are given: every matrix of a decoder layer but the router's."""
     names = [name for name, _ in model.named_parameters() if not name.startswith("mtp_layers.")]
     matrices = {
-        name: name.split(".", 3)[3]  # what follows model.layers.N.
+        name: layer[1]  # what follows model.layers.N.
         for name in names
-        if ".layers." in name and model.get_parameter(name).dim() > 1 and not name.endswith(".mlp.gate.weight")
+        if (layer := re.search(r"\.(?:layers|h)\.\d+\.(.+)", name))
+        and model.get_parameter(name).dim() > 1
+        and not name.endswith(".mlp.gate.weight")
     }
+    stacked = any(".experts." in name for name in matrices)
     choices = sorted(set(matrices.values()))
     modules, parameters = (list(options.get(key) or []) for key in ("target_modules", "target_parameters"))
     if not modules and not parameters:
@@ -195,7 +208,7 @@ def _targets(model: DeepseekV3PreTrainedModel, options: Mapping[str, Any]) -> di
         seen |= set(hits)
     for module in modules:
         hit = next((name for name in matrices if ".mlp." in name and f".{name}".endswith(f".{module}.weight")), None)
-        if hit:
+        if hit and stacked:
             # with transformers 5 peft renames them, as this family's experts are stacked there: the adapter would load
             # on the routed experts and say nothing
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from model import DeepseekV3ForCausalLM
+from model.family import load_model
 from rollout.records import Completion, SamplingParams
 
 
@@ -45,24 +46,32 @@ class Checked(Protocol):
         ...
 
 
-def build_engine(model_or_dir: DeepseekV3ForCausalLM | str | Path, engine: str = "embedded", **options: Any) -> Engine:
-    """An engine over a model or a HF directory.
+def build_engine(model_or_dir: Any, engine: str = "embedded", **options: Any) -> Engine:
+    """An engine over a model (model.family.AnyModel) or a HF directory.
 
     Options of "embedded": max_num_seqs, page_size, num_pages, exact, enable_return_routed_experts, eos_token_ids,
-    dtype (of a directory). Those of "vllm" (a directory only): see rollout.vllm_engine. Raises ValueError for an
-    unknown engine.
+    dtype (of a directory). A model of another architecture than DeepSeek-V3 gets a plain engine over transformers,
+    which has no pages and returns no experts. Options of "vllm" (a directory only): see rollout.vllm_engine. Raises
+    ValueError for an unknown engine.
     """
     if engine == "vllm":
         from rollout.vllm_engine import VllmEngine
 
-        if isinstance(model_or_dir, DeepseekV3ForCausalLM):
+        if not isinstance(model_or_dir, str | Path):
             raise ValueError("vLLM reads a model from a directory; save_pretrained it first")
         return VllmEngine(model_or_dir, **options)
     if engine != "embedded":
         raise ValueError(f"rollout.engine is {engine!r}; the engines are 'embedded' and 'vllm'")
+    dtype = options.pop("dtype", None)
+    if isinstance(model_or_dir, str | Path):
+        model_or_dir = load_model(model_or_dir, dtype)
+    if not isinstance(model_or_dir, DeepseekV3ForCausalLM):
+        from rollout.auto_engine import AutoEngine
+
+        if options.pop("enable_return_routed_experts", False):
+            raise ValueError(f"routes of {type(model_or_dir).__name__} are not recorded; only those of DeepSeek-V3 are")
+        paged = ("page_size", "num_pages")
+        return AutoEngine(model_or_dir, **{key: value for key, value in options.items() if key not in paged})
     from rollout.embedded import EmbeddedEngine
 
-    dtype = options.pop("dtype", None)
-    if not isinstance(model_or_dir, DeepseekV3ForCausalLM):
-        model_or_dir = DeepseekV3ForCausalLM.from_pretrained(model_or_dir, dtype=dtype)
     return EmbeddedEngine(model_or_dir, **options)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from model.family import empty_model, eos_token_ids, published_state, read_config
 from rollout.draws import sample_seeds
 from rollout.records import Completion, SamplingParams, WeightFault
 
@@ -77,9 +78,11 @@ class VllmEngine:
         config = self.engine.model_config
         self.max_model_len = int(config.max_model_len)
         self.vocab_size = int(config.get_vocab_size())
-        self.eos_token_ids = _eos(config.hf_config)
+        self.eos_token_ids = eos_token_ids(model_dir)
         self.return_routed_experts = enable_return_routed_experts
         self.published = _published(Path(model_dir))
+        if getattr(config.hf_config, "tie_word_embeddings", False):  # some checkpoints hold the copy all the same
+            self.published.pop("lm_head.weight", None)
         self.policy_version = 0
         self.whole = True  # False once a load has failed: the weights are then of two versions
         self._next_id = 0
@@ -275,14 +278,6 @@ def _published(model_dir: Path) -> dict[str, tuple[int, ...]]:
         return shapes
     import torch
 
-    from model import DeepseekV3Config, DeepseekV3ForCausalLM
-    from model.names import hf_state
-
     with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_pretrained(model_dir))
-    return {name: tuple(tensor.shape) for name, tensor in hf_state(model)}
-
-
-def _eos(config: Any) -> frozenset[int]:
-    ids = getattr(config, "eos_token_id", None)
-    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        model = empty_model(read_config(model_dir))
+    return {name: tuple(tensor.shape) for name, tensor in published_state(model)}

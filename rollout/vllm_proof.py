@@ -45,6 +45,8 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
             yield from _experts(name, module.routed_experts, pushed)
         elif hasattr(module, "num_embeddings"):
             yield from _bytes(f"{name}.weight", module.weight, pushed)
+            if name == "lm_head":
+                yield from _head(module, pushed)
         elif hasattr(module, "quant_method") and hasattr(module, "input_size"):
             yield from _linear(name, module, pushed)
             bias = getattr(module, "e_score_correction_bias", None)
@@ -98,10 +100,27 @@ def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
     out = module.quant_method.apply(module, x, None)
     start = 0
     for part, weight in zip(names, weights):
-        got, start = out[:, start : start + len(weight)], start + len(weight)
-        size = x.float().norm(dim=1, keepdim=True) * weight.norm(dim=1, dtype=torch.float32)
-        what = [f"{part} computes something else than what was pushed"]
-        yield what, _off(got, F.linear(x, weight), size)
+        rows = slice(start, start := start + len(weight))
+        yield _product(part, out[:, rows], x, weight)
+        bias = f"{part.removesuffix('weight')}bias"
+        if bias in pushed:
+            yield from _bytes(bias, module.bias[rows], pushed)
+
+
+def _head(module: Any, pushed: Pushed) -> Iterator[Check]:
+    """By its kernel, which on a CPU has a packed copy; a head that is tied must compute with the embedding."""
+    weight = pushed.get("lm_head.weight", pushed.get("model.embed_tokens.weight"))
+    if weight is not None:
+        weight = weight.to(module.weight.device)
+        x = _rows(weight.shape[1], weight.device, weight.dtype)
+        out = module.quant_method.apply(module, x, None)
+        yield _product("lm_head.weight", out[:, : len(weight)], x, weight)
+
+
+def _product(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Check:
+    """got [ROWS, out] against x @ weight.T."""
+    size = x.float().norm(dim=1, keepdim=True) * weight.norm(dim=1, dtype=torch.float32)
+    return [f"{name} computes something else than what was pushed"], _off(got, F.linear(x, weight), size)
 
 
 def _experts(name: str, experts: Any, pushed: Pushed) -> Iterator[Check]:

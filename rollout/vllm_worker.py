@@ -18,6 +18,7 @@ class WorkerExtension:
     model_runner: Any  # these are the Worker's
     device: torch.device
     reload_weights: Any
+    model_config: Any
 
     def watch(self, routes: bool) -> None:
         """Start to record for each request the log of the mass that truncation keeps, and its tokens' experts."""
@@ -46,7 +47,15 @@ class WorkerExtension:
             for method, kernel in kernels.items():
                 if method.moe_kernel is None:  # a layer that got no weights
                     method.moe_kernel = kernel
+        if self.device.type == "cpu":
+            self._repack_tied_head()
         return len(weights)
+
+    def _repack_tied_head(self) -> None:
+        """A tied head gets no tensor of its own, so the copy that its kernel packed on a CPU would stay as it was."""
+        head = getattr(self.model_runner.get_model(), "lm_head", None)
+        if getattr(self.model_config.hf_config, "tie_word_embeddings", False) and head is not None:
+            head.quant_method.process_weights_after_loading(head)
 
     def faults(self, weights: list[tuple[str, torch.Tensor]], limit: int = 8) -> list[str]:
         """The first `limit` lines of rollout.vllm_proof.faults for what was pushed."""
