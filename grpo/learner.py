@@ -300,6 +300,9 @@ def _combine(updates: Sequence[Stats], total: Stats) -> dict[str, float]:
         / max(float(updates[0]["sum/rows"]), 1.0),
         "sampling/sampling_logp_difference/max": float(updates[0]["max/logp_difference"]),
     }
+    if "sum/routed" in stats:
+        differ, routed = (float(updates[0][f"sum/{key}"]) for key in ("routes_differ", "routed"))
+        metrics["sampling/routes_differ"] = differ / max(routed, 1.0)
     if "sum/kl" in stats:
         metrics["kl"] = stats["sum/kl"] / tokens
     if "sum/is_ratio" in stats:

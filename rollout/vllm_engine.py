@@ -59,8 +59,10 @@ class VllmEngine:
             defaults["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
         if max_model_len:
             defaults["max_model_len"] = max_model_len
-        if enable_return_routed_experts:  # cached tokens are never routed
+        if enable_return_routed_experts and on_cpu:  # recorded by our worker: cached tokens are never routed
             defaults["enable_prefix_caching"] = False
+        elif enable_return_routed_experts:  # by vLLM: inside a CUDA graph nothing of ours runs
+            defaults["enable_return_routed_experts"] = True
         try:
             self.llm = LLM(
                 str(model_dir),
@@ -80,13 +82,14 @@ class VllmEngine:
         self.vocab_size = int(config.get_vocab_size())
         self.eos_token_ids = eos_token_ids(model_dir)
         self.return_routed_experts = enable_return_routed_experts
+        self.dense_layers = int(getattr(config.hf_config, "first_k_dense_replace", 0))
         self.published = _published(Path(model_dir))
         if getattr(config.hf_config, "tie_word_embeddings", False):  # some checkpoints hold the copy all the same
             self.published.pop("lm_head.weight", None)
         self.policy_version = 0
         self.whole = True  # False once a load has failed: the weights are then of two versions
         self._next_id = 0
-        self.rpc("watch", enable_return_routed_experts)
+        self.rpc("watch", enable_return_routed_experts and on_cpu)
 
     def rpc(self, method: str, *args: Any) -> Any:
         """Calls a method of the worker extension."""
@@ -225,6 +228,8 @@ class VllmEngine:
         if params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0):
             support = tuple(record["log_support"][: len(tokens)])
         routes: np.ndarray | None = record["routes"]
+        if routes is None and self.return_routed_experts:  # vLLM's own record has a row for dense layers too
+            routes = sample.routed_experts[:, self.dense_layers :]
         if routes is not None:
             routes = routes[: len(output.prompt_token_ids) + len(tokens) - 1]
         return Completion(

@@ -93,6 +93,7 @@ class WorkerExtension:
         runner = self.model_runner
         layers = [m for m in runner.get_model().modules() if hasattr(getattr(m, "router", None), "set_capture_fn")]
         seen: dict[int, torch.Tensor] = {}
+        small = np.uint8 if runner.model_config.get_num_experts() <= 256 else np.int16
         for layer in sorted(layers, key=lambda module: module.layer_id):
             layer.router.set_capture_fn(lambda ids, place=layer.layer_id: seen.__setitem__(place, ids.detach().clone()))
         execute = runner.execute_model
@@ -101,7 +102,8 @@ class WorkerExtension:
             seen.clear()
             result = execute(scheduled, *args, **kwargs)
             if seen:
-                ids = torch.stack([seen[place] for place in sorted(seen)], dim=1).cpu().numpy()  # [tokens, L_moe, K]
+                ids = torch.stack([seen[place] for place in sorted(seen)], dim=1)  # [tokens, L_moe, K]
+                ids = ids.cpu().numpy().astype(small)
                 row, batch = 0, runner.input_batch
                 for index, request in enumerate(batch.req_ids):
                     count = scheduled.num_scheduled_tokens.get(request, 0)
