@@ -59,6 +59,8 @@ class Cluster:
         self.engines = [f"rollout-{i}" for i in range(config.rollout.num_workers)]
         roles = [*(["learner"] if learner else []), *self.engines, "rewards"]
         dirs = {"model": str(model_dir), "reference": str(reference_dir)}
+        self.delta = config.rollout.delta_sync
+        self.synced: int | None = None  # the version that every engine holds; None: not known yet
         kind = Inline if config.run.cluster == "inline" else Remote
         self.backend: Backend = kind(config, roles, dirs)
 
@@ -85,11 +87,15 @@ class Cluster:
 
         Raises WeightFault where an engine does not compute with them.
         """
-        buckets = self.backend.call("learner", "weights")
+        buckets = self.backend.call("learner", "weights", self.synced if self.delta else None)
         pending = [self.backend.call(engine, "load_weights", buckets, version) for engine in self.engines]
         taken = [p.result() for p in pending]
         assert all(answer["policy_version"] == version for answer in taken), f"{taken=} {version=}"
-        return {"time/weight_check": max(answer["check_seconds"] for answer in taken)}
+        self.synced = version
+        return {
+            "time/weight_check": max(answer["check_seconds"] for answer in taken),
+            "sync/bytes": float(taken[0]["bytes"]),
+        }
 
     def save(self, directory: str) -> None:
         self.backend.call("learner", "save", directory).result()
@@ -98,6 +104,7 @@ class Cluster:
         """The learner goes on from a checkpoint, the engines follow; returns the policy version."""
         self.backend.call("learner", "load", directory).result()
         version = self.backend.call("learner", "weights").result()[0].version
+        self.synced = None
         self.sync_weights(version)
         return version
 
@@ -143,7 +150,7 @@ class Remote:
         from grpo.actors import start_host  # needs Ray
 
         self.restarts_left = config.run.max_restarts
-        self.weights: tuple[Any, int] | None = None  # arguments of the last load_weights
+        self.version: int | None = None  # of the last load_weights
         colocated = config.run.placement == "colocated"
         self.hosts: dict[str, Any] = {}  # role -> actor
         self.start: dict[str, Callable[[], Any]] = {}  # role -> builds its actor
@@ -165,7 +172,7 @@ class Remote:
     def call(self, role: str, method: str, *args: Any) -> RemoteCall:
         refs = [arg.ref if isinstance(arg, RemoteCall) else arg for arg in args]
         if method == "load_weights":
-            self.weights = (refs[0], refs[1])
+            self.version = refs[1]
         return RemoteCall(self, role, method, refs)
 
     def revive(self, role: str) -> None:
@@ -176,13 +183,17 @@ class Remote:
             raise RunFailure(f"the {role} process died once more; run.max_restarts are used up")
         self.restarts_left -= 1
         self.hosts[role] = self.start[role]()
-        if role.startswith("rollout") and self.weights is not None:
-            self._get(self.hosts[role].call.remote(role, "load_weights", *self.weights), role)
+        if role.startswith("rollout") and self.version is not None:
+            # everything: what travelled last may be only what changed since a version that a new engine lacks
+            whole = self.hosts["learner"].call.remote("learner", "weights")
+            self._get(self.hosts[role].call.remote(role, "load_weights", whole, self.version), role)
 
     def _get(self, refs: Any, who: str) -> Any:
         try:
             return self.ray.get(refs)
         except self.ray.exceptions.RayTaskError as err:
+            if isinstance(_cause(err), self.ray.exceptions.RayActorError):  # the weights came from a dead learner
+                raise RunFailure("the learner process died") from err
             raise _cause(err) from err
         except self.ray.exceptions.RayActorError as err:
             raise RunFailure(f"{who} died while it started: {' '.join(str(err).split())[:300]}") from err

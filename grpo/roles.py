@@ -36,21 +36,25 @@ class RolloutRole:
         return self.engine.generate(prompts, params)
 
     def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, float]:
-        """Takes over a whole version -> {"policy_version", "check_seconds"}.
+        """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"}.
 
         Raises ValueError if the buckets are not that version, WeightFault if the engine does not compute with them.
         """
         if buckets[0].version != version:
             raise ValueError(f"weights of version {buckets[0].version} came where {version} was expected")
         weights = list(unpack(buckets))
-        self.engine.load_weights(weights, version)
+        self.engine.load_weights(weights, version, buckets[0].base)
         start, canary = time.perf_counter(), buckets[0].canary
         if isinstance(self.engine, Checked) and self.check != "off":
             if self.check == "full":
                 self.engine.check_weights(weights)
             if canary is not None:
                 self.engine.check_canary(canary.prompts, canary.logprobs)
-        return {"policy_version": self.engine.policy_version, "check_seconds": time.perf_counter() - start}
+        return {
+            "policy_version": self.engine.policy_version,
+            "check_seconds": time.perf_counter() - start,
+            "bytes": sum(bucket.data.nbytes for bucket in buckets),
+        }
 
 
 def _engine_options(config: Config) -> dict[str, Any]:

@@ -184,6 +184,9 @@ class RolloutConfig(Section):
     weight_check: Literal["full", "canary", "off"] = "full"
     """vllm, after each push of weights. full: every tensor as it lies in the engine, and log-probabilities of canary
     prompts; canary: these alone. A mismatch stops the run before a sample is drawn."""
+    delta_sync: bool = True
+    """Leave out of a push the tensors that did not change since the version that the engines hold (an adapter's base, a
+    frozen router, an untrained MTP layer). An engine that was replaced gets everything."""
     num_workers: int = Field(default=1, ge=1)
     """Engines; each takes an equal, contiguous share of the prompts, groups kept together."""
     temperature: float = Field(default=1.0, gt=0)

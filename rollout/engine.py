@@ -25,8 +25,12 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Takes over a complete set of (published name, tensor); from then on completions carry `version`."""
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
+        """Takes over a complete set of (published name, tensor); from then on completions carry `version`.
+
+        With `base`, what changed since that version, which the engine must hold (or hold `version` itself); then
+        tensors that are loaded as one (model.names.load_unit) come together. Raises ValueError otherwise.
+        """
         ...
 
 

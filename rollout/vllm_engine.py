@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from model.family import empty_model, eos_token_ids, published_state, read_config
+from model.names import load_unit
 from rollout.draws import sample_seeds
-from rollout.records import Completion, SamplingParams, WeightFault
+from rollout.records import Completion, SamplingParams, WeightFault, check_base
 
 _QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: pushes are calls, start-up is seconds
@@ -129,12 +130,16 @@ class VllmEngine:
         assert all(c is not None for row in results for c in row), "vLLM returned fewer samples than were asked for"
         return results  # type: ignore[return-value]
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """See rollout.engine.Engine."""
         weights = list(weights)
-        self._check_names(weights)
+        if base is not None and not self.whole:
+            raise ValueError("the last load of weights failed half-way; load a whole version first")
+        check_base(self.policy_version, version, base)
+        self._check_names(weights, partial=base is not None)
         self.whole = False
-        self.rpc("load", weights)
+        if weights:
+            self.rpc("load", weights)
         self.llm.reset_prefix_cache()
         self.policy_version, self.whole = version, True
 
@@ -180,8 +185,11 @@ class VllmEngine:
                 f"the context of {self.max_model_len}; shorten it or lower max_tokens"
             )
 
-    def _check_names(self, weights: Sequence[tuple[str, Any]]) -> None:
-        """ValueError unless these are the checkpoint's tensors, each once; parts of a layer would load as garbage."""
+    def _check_names(self, weights: Sequence[tuple[str, Any]], partial: bool) -> None:
+        """ValueError unless these are the checkpoint's tensors, each once; parts of a layer would load as garbage.
+
+        partial: those of some load units, each of them whole.
+        """
         given: dict[str, Any] = {}
         for name, tensor in weights:
             if name in given:
@@ -194,9 +202,12 @@ class VllmEngine:
             if name.endswith("e_score_correction_bias") and tensor.dtype.itemsize != 4:
                 raise ValueError(f"{name} came as {tensor.dtype}; the router's bias must be float32")
             given[name] = tensor
+        units = {load_unit(name): name for name in given}
         for name in self.published:
-            if name not in given:
+            if name not in given and not partial:
                 raise ValueError(f"{name} is missing: a load takes every tensor of the model")
+            if name not in given and load_unit(name) in units:
+                raise ValueError(f"{name} is missing: it must come together with {units[load_unit(name)]}")
 
     def _params(self, params: SamplingParams, seed: int) -> Any:
         from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
