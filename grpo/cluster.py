@@ -13,16 +13,16 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 import yaml
 
 from grpo.config import Config
+from grpo.dispatch import dispatch, room_for
 from grpo.prepare import model_spec
 from grpo.records import PackedBatch, StepStats
 from grpo.roles import build_role
@@ -45,6 +45,10 @@ class Backend(Protocol):
 
     def call(self, role: str, method: str, *args: Any) -> Pending: ...
 
+    def first(self, pending: Mapping[str, Any]) -> str:
+        """The key of a call that has been answered; waits for one."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -60,19 +64,24 @@ class Cluster:
         roles = [*(["learner"] if learner else []), *self.engines, "rewards"]
         dirs = {"model": str(model_dir), "reference": str(reference_dir)}
         self.delta = config.rollout.delta_sync
+        # who samples what may depend on who is fast where no bit depends on it
+        self.fluid = config.rollout.exact or config.rollout.engine == "vllm"
+        self.max_num_seqs, self.batches = config.rollout.max_num_seqs, 0
         self.synced: int | None = None  # the version that every engine holds; None: not known yet
         kind = Inline if config.run.cluster == "inline" else Remote
         self.backend: Backend = kind(config, roles, dirs)
 
     def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
-        """Completions of each prompt, in order. Engines take equal contiguous shares, always the same ones."""
-        shares = np.array_split(np.arange(len(prompts)), len(self.engines))
-        pending = [
-            self.backend.call(engine, "generate", [prompts[i] for i in share], [params[i] for i in share])
-            for engine, share in zip(self.engines, shares)
-            if len(share)
-        ]
-        return [group for part in pending for group in part.result()]
+        """Completions of each prompt, in order."""
+        self.batches += 1
+        requests = list(zip(prompts, params, strict=True))
+        return dispatch(
+            requests,
+            self.engines,
+            lambda engine, held, everything: self.backend.call(engine, "advance", self.batches, held, everything),
+            self.backend.first,
+            room_for(requests, self.max_num_seqs) if self.fluid else None,
+        )
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         return self.backend.call("rewards", "score", inputs).result()
@@ -92,10 +101,14 @@ class Cluster:
         taken = [p.result() for p in pending]
         assert all(answer["policy_version"] == version for answer in taken), f"{taken=} {version=}"
         self.synced = version
-        return {
+        metrics = {
             "time/weight_check": max(answer["check_seconds"] for answer in taken),
             "sync/bytes": float(taken[0]["bytes"]),
         }
+        if "drafted" in taken[0]:
+            drafted, accepted = (sum(answer[key] for answer in taken) for key in ("drafted", "accepted"))
+            metrics["rollout/draft_acceptance"] = accepted / max(drafted, 1.0)
+        return metrics
 
     def save(self, directory: str) -> None:
         self.backend.call("learner", "save", directory).result()
@@ -138,6 +151,9 @@ class Inline:
         values = [arg.result() if isinstance(arg, Done) else arg for arg in args]
         return Done(getattr(self.roles[role], method)(*values))
 
+    def first(self, pending: Mapping[str, Any]) -> str:
+        return next(iter(pending))
+
     def close(self) -> None:
         self.roles["rewards"].close()
 
@@ -174,6 +190,10 @@ class Remote:
         if method == "load_weights":
             self.version = refs[1]
         return RemoteCall(self, role, method, refs)
+
+    def first(self, pending: Mapping[str, RemoteCall]) -> str:
+        refs = {call.ref: key for key, call in pending.items()}
+        return refs[self.ray.wait(list(refs), num_returns=1)[0][0]]  # a call whose actor died counts: result revives
 
     def revive(self, role: str) -> None:
         """A new actor for a dead rollout or reward role, with the current weights. RunFailure for the learner's."""

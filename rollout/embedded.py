@@ -108,7 +108,7 @@ class EmbeddedEngine:
             while self.waiting or self.running:
                 results.update(self.step())
         except BaseException:
-            self._abort()
+            self.abort()
             raise
         return [results[i] for i in ids]
 
@@ -281,7 +281,8 @@ class EmbeddedEngine:
         sequence.pages = []
         return sequence
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """See Engine."""
         for sequence in self.running:
             self.pool.release(sequence.pages)
         self._reset()

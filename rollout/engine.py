@@ -25,6 +25,18 @@ class Engine(Protocol):
         """
         ...
 
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queues a prompt and returns its number. Raises ValueError for a bad one; other requests are not touched."""
+        ...
+
+    def step(self) -> dict[int, list[Completion]]:
+        """Goes on with what is queued, a token or so each; returns the requests that are complete."""
+        ...
+
+    def abort(self) -> None:
+        """Forgets every unfinished request."""
+        ...
+
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """Takes over a complete set of (published name, tensor); from then on completions carry `version`.
 
@@ -47,6 +59,15 @@ class Checked(Protocol):
 
     def check_canary(self, prompts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
         """The engine's log-probabilities of the prompts' tokens but the first, against the learner's."""
+        ...
+
+
+@runtime_checkable
+class Speculating(Protocol):
+    """An engine that may draft tokens with an MTP layer."""
+
+    def speculated(self) -> dict[str, float]:
+        """{"drafted", "accepted"} tokens since the last call; nothing where it does not speculate."""
         ...
 
 

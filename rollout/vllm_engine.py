@@ -45,10 +45,11 @@ class VllmEngine:
         max_model_len: int = 0,
         enable_return_routed_experts: bool = False,
         kv_cache_gb: float = 0.0,
+        speculative_tokens: int = 0,
         **options: Any,
     ) -> None:
-        """max_model_len 0: the model's. kv_cache_gb 0: a share of the memory on a GPU, 1 on a CPU. `options` go to
-        vllm.LLM as they are.
+        """max_model_len 0: the model's. kv_cache_gb 0: a share of the memory on a GPU, 1 on a CPU. speculative_tokens:
+        drafted at a time by the model's MTP layer. `options` go to vllm.LLM as they are.
         """
         LLM = _vllm().LLM
         on_cpu = not _cuda()
@@ -64,6 +65,12 @@ class VllmEngine:
             defaults["enable_prefix_caching"] = False
         elif enable_return_routed_experts:  # by vLLM: inside a CUDA graph nothing of ours runs
             defaults["enable_return_routed_experts"] = True
+        self.speculative_tokens = speculative_tokens
+        self.published = _published(Path(model_dir))
+        if speculative_tokens:
+            if not any(".eh_proj." in name for name in self.published):
+                raise ValueError(f"{str(model_dir)!r} has no MTP layer to draft with; set speculative_tokens to 0")
+            defaults["speculative_config"] = {"method": "mtp", "num_speculative_tokens": speculative_tokens}
         try:
             self.llm = LLM(
                 str(model_dir),
@@ -84,12 +91,13 @@ class VllmEngine:
         self.eos_token_ids = eos_token_ids(model_dir)
         self.return_routed_experts = enable_return_routed_experts
         self.dense_layers = int(getattr(config.hf_config, "first_k_dense_replace", 0))
-        self.published = _published(Path(model_dir))
         if getattr(config.hf_config, "tie_word_embeddings", False):  # some checkpoints hold the copy all the same
             self.published.pop("lm_head.weight", None)
         self.policy_version = 0
         self.whole = True  # False once a load has failed: the weights are then of two versions
         self._next_id = 0
+        # what add_request took and step has not returned: how to sample it, and its samples so far
+        self.open: dict[int, tuple[SamplingParams, list[Completion | None]]] = {}
         self.rpc("watch", enable_return_routed_experts and on_cpu)
 
     def rpc(self, method: str, *args: Any) -> Any:
@@ -105,30 +113,52 @@ class VllmEngine:
             raise ValueError(
                 f"{len(each)} SamplingParams for {len(prompts)} prompts; give one for all, or one for each"
             )
-        if not self.whole:
-            raise ValueError("the last load of weights failed half-way; load a whole version before sampling")
         for number, (prompt, wanted) in enumerate(zip(prompts, each)):
-            self._check(number, prompt, wanted)
-        places: dict[str, tuple[int, int]] = {}
-        results: list[list[Completion | None]] = [[None] * wanted.n for wanted in each]
-        for number, (prompt, wanted) in enumerate(zip(prompts, each)):
-            seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
-            for index, own in enumerate(sample_seeds(seed, wanted.n)):
-                name = str(self._next_id)
-                self._next_id += 1
-                places[name] = (number, index)
-                self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._params(wanted, int(own) >> 1))
+            self._check(prompt, wanted, f"prompt {number}")  # all of them before any work
+        ids = [self.add_request(prompt, wanted) for prompt, wanted in zip(prompts, each)]
+        results: dict[int, list[Completion]] = {}
         try:
-            while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    if output.finished:
-                        number, index = places[output.request_id]
-                        results[number][index] = self._completion(output, each[number])
+            while len(results) < len(ids):
+                results |= self.step()
         except BaseException:
-            self.engine.abort_request(list(places))
+            self.abort()
             raise
-        assert all(c is not None for row in results for c in row), "vLLM returned fewer samples than were asked for"
-        return results  # type: ignore[return-value]
+        return [results[number] for number in ids]
+
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """See rollout.engine.Engine."""
+        self._check(prompt, params, "the prompt")
+        number = self._next_id
+        self._next_id += 1
+        self.open[number] = params, [None] * params.n
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        for index, own in enumerate(sample_seeds(seed, params.n)):
+            wanted = self._params(params, int(own) >> 1)
+            self.engine.add_request(f"{number}.{index}", {"prompt_token_ids": list(prompt)}, wanted)
+        return number
+
+    def step(self) -> dict[int, list[Completion]]:
+        """See rollout.engine.Engine."""
+        assert self.engine.has_unfinished_requests(), "vLLM lost a sample: it has nothing left to do"
+        complete: dict[int, list[Completion]] = {}
+        for output in self.engine.step():
+            if output.finished:
+                number, index = map(int, output.request_id.split("."))
+                params, done = self.open[number]
+                done[index] = self._completion(output, params)
+                samples = [completion for completion in done if completion is not None]
+                if len(samples) == len(done):
+                    complete[number] = samples
+                    del self.open[number]
+        return complete
+
+    def abort(self) -> None:
+        """See rollout.engine.Engine."""
+        names = [f"{number}.{i}" for number, (_, done) in self.open.items() for i, c in enumerate(done) if c is None]
+        self.engine.abort_request(names)
+        for name in names:
+            self.rpc("drop", name)
+        self.open.clear()
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """See rollout.engine.Engine."""
@@ -163,6 +193,10 @@ class VllmEngine:
                 f"learner's by {error:.2g} ({'at most' if exact else 'on average'} {cap:g} is allowed)"
             )
 
+    def speculated(self) -> dict[str, float]:
+        """See rollout.engine.Speculating."""
+        return self.rpc("speculated") if self.speculative_tokens else {}
+
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log-softmax(logits) of each prompt's tokens but the first, by a forward pass of the engine."""
         from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
@@ -174,14 +208,21 @@ class VllmEngine:
             for out in outputs
         ]
 
-    def _check(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _check(self, prompt: Sequence[int], params: SamplingParams, name: str) -> None:
+        if not self.whole:
+            raise ValueError("the last load of weights failed half-way; load a whole version before sampling")
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty; give at least one token")
+            raise ValueError(f"{name} is empty; give at least one token")
+        if self.speculative_tokens and params.temperature > 0 and _truncates(params):
+            raise ValueError(
+                f"{name} is to be sampled with top_p, top_k or min_p, and speculative_tokens is "
+                f"{self.speculative_tokens}: what they keep of an accepted draft is not known; leave them out"
+            )
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise ValueError(f"prompt {number} has a token id outside 0 .. {self.vocab_size - 1}")
+            raise ValueError(f"{name} has a token id outside 0 .. {self.vocab_size - 1}")
         if len(prompt) + params.max_tokens > self.max_model_len:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
+                f"{name} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
                 f"the context of {self.max_model_len}; shorten it or lower max_tokens"
             )
 
@@ -236,7 +277,7 @@ class VllmEngine:
         assert len(drawn) == len(tokens), f"{len(drawn)=} {len(tokens)=}"
         record = self.rpc("pop", output.request_id)
         support = (0.0,) * len(tokens)
-        if params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0):
+        if params.temperature > 0 and _truncates(params):
             support = tuple(record["log_support"][: len(tokens)])
         routes: np.ndarray | None = record["routes"]
         if routes is None and self.return_routed_experts:  # vLLM's own record has a row for dense layers too
@@ -251,6 +292,10 @@ class VllmEngine:
             policy_version=self.policy_version,
             routed_experts=routes,
         )
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
 
 
 def _more(found: Sequence[str]) -> str:

@@ -52,10 +52,29 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
             bias = getattr(module, "e_score_correction_bias", None)
             if bias is not None:
                 yield from _bytes(f"{name}.e_score_correction_bias", bias, pushed)
+        elif isinstance(module, torch.nn.Linear):
+            yield from _bytes(f"{name}.weight", module.weight, pushed)
         elif type(module).__name__.endswith("Norm") and hasattr(module, "weight"):
             yield from _bytes(f"{name}.weight", module.weight, pushed)
         if getattr(module, "W_UK_T", None) is not None:
             yield from _absorbed(name, module, pushed, quantized)
+
+
+def draft_faults(draft: torch.nn.Module, pushed: Pushed, layers: tuple[str, ...]) -> list[str]:
+    """The same for the model that drafts: `layers` are the prefixes of the published MTP layers."""
+    own = {}
+    for name, tensor in pushed.items():
+        for prefix in layers:
+            rest = name.removeprefix(prefix)
+            if rest == name:
+                continue
+            if rest.startswith("embed_tokens."):
+                own[f"model.{rest}"] = tensor
+            elif rest.startswith(("enorm.", "hnorm.", "eh_proj.", "shared_head.")):
+                own[name] = tensor
+            else:
+                own[f"{prefix}mtp_block.{rest}"] = tensor
+    return [f"draft model: {line.replace('.mtp_block.', '.')}" for line in faults(draft, own)]
 
 
 def _differs(live: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
