@@ -2,10 +2,11 @@
 
 A group (a prompt and its samples) stays on one engine, which reads the prompt once. `room` bounds the tokens that an
 engine is given at a time; what is left waits here and goes to whoever has room first, so a slow engine gets less.
-Without `room` everything is given out at once, the same way every time: for engines whose last bits depend on the batch.
+Without `room` everything is given out at once, the same way every time: for engines whose last bits depend on the
+batch.
 
-Each call names all that its engine is to work on, not only what is new. So an engine that died and came back has nothing
-to be told: the same call asks it again for what it still owes, and what was answered before is not in it.
+Each call names all that its engine is to work on, not only what is new. So an engine that died and came back has
+nothing to be told: the same call asks it again for what it still owes, and what was answered before is not in it.
 """
 
 from __future__ import annotations

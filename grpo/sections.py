@@ -188,8 +188,8 @@ class RolloutConfig(Section):
     """vllm: tokens that the MTP layer drafts at a time and the policy then accepts or rejects; what is sampled keeps its
     distribution, and greedy its tokens. Not with top_p, top_k or min_p. 0: off."""
     delta_sync: bool = True
-    """Leave out of a push the tensors that did not change since the version that the engines hold (an adapter's base, a
-    frozen router, an untrained MTP layer). An engine that was replaced gets everything."""
+    """Leave out of a push the tensors that did not change since the version that the engines hold (an adapter's base,
+    a frozen router, an untrained MTP layer). An engine that was replaced gets everything."""
     num_workers: int = Field(default=1, ge=1)
     """Engines. Groups stay together and go to the engine with the fewest outstanding tokens; with vllm or `exact` an
     engine gets as much as it decodes at a time, and more as soon as it has room."""

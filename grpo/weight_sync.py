@@ -2,7 +2,7 @@
 
 Invariant: an engine takes over a whole version or none. A bucket says which of how many it is, and carries a checksum
 of each tensor; `unpack` refuses a set that is incomplete, mixes versions or was damaged before one tensor is loaded.
-Where the engines hold a version already, what did not change since is left out (`Outbox`); such buckets name their base.
+Where the engines hold a version already, what did not change since is left out (`Outbox`); such buckets name a base.
 With the weights go canaries: prompts and what the learner makes of them, for the engine to be held against.
 """
 

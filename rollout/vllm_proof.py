@@ -52,9 +52,9 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
             bias = getattr(module, "e_score_correction_bias", None)
             if bias is not None:
                 yield from _bytes(f"{name}.e_score_correction_bias", bias, pushed)
-        elif isinstance(module, torch.nn.Linear):
-            yield from _bytes(f"{name}.weight", module.weight, pushed)
-        elif type(module).__name__.endswith("Norm") and hasattr(module, "weight"):
+        elif isinstance(module, torch.nn.Linear) or (
+            type(module).__name__.endswith("Norm") and hasattr(module, "weight")
+        ):
             yield from _bytes(f"{name}.weight", module.weight, pushed)
         if getattr(module, "W_UK_T", None) is not None:
             yield from _absorbed(name, module, pushed, quantized)

@@ -1,4 +1,6 @@
-"""Pushes to vLLM of what changed: exact for every unit that is loaded as one, small for an adapter, refused on a wrong base."""
+"""Pushes to vLLM of what changed: exact for every unit that is loaded as one, small for an adapter, refused where the
+base is another.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def role(directory: Path) -> RolloutRole:
 
 @pytest.fixture
 def learner(directory: Path, role: RolloutRole) -> Learner:
-    """A learner that has pushed everything; lora as the run would have it."""
+    """A learner that has pushed everything."""
     learner = Learner(directory, GRPOConfig(), canaries=True)
     role.load_weights(learner.weights(), 0)
     return learner
@@ -113,7 +115,7 @@ def test_what_does_not_fit_is_refused_or_found(learner: Learner, role: RolloutRo
     pairs = {name: tensor.clone() for name, tensor in hf_state(learner.policy.model)}
     before = drawn(engine)
     half = "model.layers.1.self_attn.q_a_proj.weight"
-    with pytest.raises(ValueError, match="kv_a_proj_with_mqa.weight is missing: it must come together with"):
+    with pytest.raises(ValueError, match=r"kv_a_proj_with_mqa\.weight is missing: it must come together with"):
         engine.load_weights([(half, pairs[half])], 1, base=0)
     expert = "model.layers.2.mlp.experts.5.up_proj.weight"
     with pytest.raises(ValueError, match=r"experts\.0\.down_proj.weight is missing: it must come together with"):

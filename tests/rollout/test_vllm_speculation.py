@@ -96,7 +96,7 @@ def test_sampled_log_probabilities_are_the_learners(role: RolloutRole, directory
 
 
 def test_samples_keep_the_policys_distribution(role: RolloutRole, directory: Path) -> None:
-    """1,500 second tokens, each drafted and then accepted or replaced: chi-squared against their exact probabilities."""
+    """1,500 second tokens, each drafted and then accepted or replaced: chi-squared against exact probabilities."""
     role.load_weights(Learner(directory, GRPOConfig()).weights(), 0)
     role.engine.speculated()  # type: ignore[attr-defined]
     model, prompt, temperature = DeepseekV3ForCausalLM.from_pretrained(directory), PROMPTS[3], 0.7
@@ -159,13 +159,14 @@ def test_a_stale_draft_is_named(role: RolloutRole, directory: Path, monkeypatch:
 def test_truncation_and_a_model_without_mtp_are_refused(
     role: RolloutRole, vllm_tiny: Callable[..., Path], directory: Path
 ) -> None:
-    for cut in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
+    cuts: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}]
+    for cut in cuts:
         with pytest.raises(ValueError, match="prompt 0 is to be sampled with top_p, top_k or min_p, and speculative"):
             role.engine.generate([[5]], SamplingParams(max_tokens=2, **cut))
-        with pytest.raises(ValueError, match="rollout.speculative_tokens 2 does not go with top_p, top_k or min_p"):
+        with pytest.raises(ValueError, match=r"rollout\.speculative_tokens 2 does not go with top_p, top_k or min_p"):
             Config(rollout=RolloutConfig(engine="vllm", speculative_tokens=2, **cut))
     assert role.engine.generate([[5]], dataclasses.replace(GREEDY, top_p=0.9, max_tokens=1))  # greedy has no draw
-    with pytest.raises(ValueError, match="needs rollout.engine vllm, not embedded"):
+    with pytest.raises(ValueError, match=r"needs rollout\.engine vllm, not embedded"):
         Config(rollout=RolloutConfig(speculative_tokens=2))
     with pytest.raises(ValueError, match="has no MTP layer to draft with"):
         build_engine(vllm_tiny(num_nextn_predict_layers=0), "vllm", speculative_tokens=1, **OPTIONS)
