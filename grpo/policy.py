@@ -102,8 +102,8 @@ class DeepseekV3Policy(Policy):
     """DeepSeek-V3, with multi-token prediction and balanced routers.
 
     To the statistics of loss_fn are added `sum/expert_counts` [layers with experts, E] of the tokens trained on (MTP
-    layers last, where they are trained), sums over the depths of MTP, and where routes are replayed the number of tokens
-    trained on, and of those that would have gone to other experts in some layer.
+    layers last, where they are trained), sums over the depths of MTP, and where routes are replayed the number of
+    tokens trained on, and of those that would have gone to other experts in some layer.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ class RolloutConfig(Section):
     """vllm, after each push of weights. full: every tensor as it lies in the engine, and log-probabilities of canary
     prompts; canary: these alone. A mismatch stops the run before a sample is drawn."""
     speculative_tokens: int = Field(default=0, ge=0)
-    """vllm: tokens that the MTP layer drafts at a time and the policy then accepts or rejects; what is sampled keeps its
+    """vllm: tokens that the MTP layer drafts at a time and the policy then accepts or rejects; samples keep their
     distribution, and greedy its tokens. Not with top_p, top_k or min_p. 0: off."""
     delta_sync: bool = True
     """Leave out of a push the tensors that did not change since the version that the engines hold (an adapter's base,

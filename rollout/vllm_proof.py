@@ -46,7 +46,8 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
         elif hasattr(module, "num_embeddings"):
             yield from _bytes(f"{name}.weight", module.weight, pushed)
             if name == "lm_head":
-                yield from _head(module, pushed)
+                tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+                yield from _head(module, pushed, "model.embed_tokens.weight" if tied else "lm_head.weight")
         elif hasattr(module, "quant_method") and hasattr(module, "input_size"):
             yield from _linear(name, module, pushed)
             bias = getattr(module, "e_score_correction_bias", None)
@@ -126,9 +127,9 @@ def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
             yield from _bytes(bias, module.bias[rows], pushed)
 
 
-def _head(module: Any, pushed: Pushed) -> Iterator[Check]:
+def _head(module: Any, pushed: Pushed, source: str) -> Iterator[Check]:
     """By its kernel, which on a CPU has a packed copy; a head that is tied must compute with the embedding."""
-    weight = pushed.get("lm_head.weight", pushed.get("model.embed_tokens.weight"))
+    weight = pushed.get(source)
     if weight is not None:
         weight = weight.to(module.weight.device)
         x = _rows(weight.shape[1], weight.device, weight.dtype)

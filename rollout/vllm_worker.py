@@ -66,7 +66,7 @@ class WorkerExtension:
             head.quant_method.process_weights_after_loading(head)
 
     def _load_draft(self, draft: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]) -> None:
-        from vllm.config import set_current_vllm_config
+        from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         try:
@@ -127,7 +127,7 @@ class WorkerExtension:
 
     def _watch_drafts(self) -> None:
         if self.device.type == "cpu":
-            from vllm.v1.sample import rejection_sampler
+            from vllm.v1.sample import rejection_sampler  # pyright: ignore[reportMissingImports]
 
             rejection_sampler.expand_batch_to_tokens = _expanded
         sampler = self.model_runner.rejection_sampler

@@ -48,7 +48,7 @@ def groups(directory: Path) -> list[Group]:
     prompts = [Prompt(f"p{i}", "", tuple(rng.integers(3, 96, 2 + 3 * i % 23).tolist())) for i in range(24)]
     role = RolloutRole(CONFIG, str(directory))
     KEPT.append(role)
-    completions = role.generate([p.token_ids for p in prompts], [sampling_params(CONFIG, p) for p in prompts])
+    completions = role.engine.generate([p.token_ids for p in prompts], [sampling_params(CONFIG, p) for p in prompts])
     groups = [
         Group(p, tuple(Sample(p, i, c, "", Score(float(rng.random()))) for i, c in enumerate(group)))
         for p, group in zip(prompts, completions)
