@@ -13,16 +13,16 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 import yaml
 
 from grpo.config import Config
+from grpo.dispatch import dispatch, room_for
 from grpo.prepare import model_spec
 from grpo.records import PackedBatch, StepStats
 from grpo.roles import build_role
@@ -45,6 +45,10 @@ class Backend(Protocol):
 
     def call(self, role: str, method: str, *args: Any) -> Pending: ...
 
+    def first(self, pending: Mapping[str, Any]) -> str:
+        """The key of a call that has been answered; waits for one."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -59,18 +63,25 @@ class Cluster:
         self.engines = [f"rollout-{i}" for i in range(config.rollout.num_workers)]
         roles = [*(["learner"] if learner else []), *self.engines, "rewards"]
         dirs = {"model": str(model_dir), "reference": str(reference_dir)}
+        self.delta = config.rollout.delta_sync
+        # who samples what may depend on who is fast where no bit depends on it
+        self.fluid = config.rollout.exact or config.rollout.engine == "vllm"
+        self.max_num_seqs, self.batches = config.rollout.max_num_seqs, 0
+        self.synced: int | None = None  # the version that every engine holds; None: not known yet
         kind = Inline if config.run.cluster == "inline" else Remote
         self.backend: Backend = kind(config, roles, dirs)
 
     def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
-        """Completions of each prompt, in order. Engines take equal contiguous shares, always the same ones."""
-        shares = np.array_split(np.arange(len(prompts)), len(self.engines))
-        pending = [
-            self.backend.call(engine, "generate", [prompts[i] for i in share], [params[i] for i in share])
-            for engine, share in zip(self.engines, shares)
-            if len(share)
-        ]
-        return [group for part in pending for group in part.result()]
+        """Completions of each prompt, in order."""
+        self.batches += 1
+        requests = list(zip(prompts, params, strict=True))
+        return dispatch(
+            requests,
+            self.engines,
+            lambda engine, held, everything: self.backend.call(engine, "advance", self.batches, held, everything),
+            self.backend.first,
+            room_for(requests, self.max_num_seqs) if self.fluid else None,
+        )
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         return self.backend.call("rewards", "score", inputs).result()
@@ -85,11 +96,19 @@ class Cluster:
 
         Raises WeightFault where an engine does not compute with them.
         """
-        buckets = self.backend.call("learner", "weights")
+        buckets = self.backend.call("learner", "weights", self.synced if self.delta else None)
         pending = [self.backend.call(engine, "load_weights", buckets, version) for engine in self.engines]
         taken = [p.result() for p in pending]
         assert all(answer["policy_version"] == version for answer in taken), f"{taken=} {version=}"
-        return {"time/weight_check": max(answer["check_seconds"] for answer in taken)}
+        self.synced = version
+        metrics = {
+            "time/weight_check": max(answer["check_seconds"] for answer in taken),
+            "sync/bytes": float(taken[0]["bytes"]),
+        }
+        if "drafted" in taken[0]:
+            drafted, accepted = (sum(answer[key] for answer in taken) for key in ("drafted", "accepted"))
+            metrics["rollout/draft_acceptance"] = accepted / max(drafted, 1.0)
+        return metrics
 
     def save(self, directory: str) -> None:
         self.backend.call("learner", "save", directory).result()
@@ -98,6 +117,7 @@ class Cluster:
         """The learner goes on from a checkpoint, the engines follow; returns the policy version."""
         self.backend.call("learner", "load", directory).result()
         version = self.backend.call("learner", "weights").result()[0].version
+        self.synced = None
         self.sync_weights(version)
         return version
 
@@ -131,6 +151,9 @@ class Inline:
         values = [arg.result() if isinstance(arg, Done) else arg for arg in args]
         return Done(getattr(self.roles[role], method)(*values))
 
+    def first(self, pending: Mapping[str, Any]) -> str:
+        return next(iter(pending))
+
     def close(self) -> None:
         self.roles["rewards"].close()
 
@@ -143,7 +166,7 @@ class Remote:
         from grpo.actors import start_host  # needs Ray
 
         self.restarts_left = config.run.max_restarts
-        self.weights: tuple[Any, int] | None = None  # arguments of the last load_weights
+        self.version: int | None = None  # of the last load_weights
         colocated = config.run.placement == "colocated"
         self.hosts: dict[str, Any] = {}  # role -> actor
         self.start: dict[str, Callable[[], Any]] = {}  # role -> builds its actor
@@ -165,8 +188,12 @@ class Remote:
     def call(self, role: str, method: str, *args: Any) -> RemoteCall:
         refs = [arg.ref if isinstance(arg, RemoteCall) else arg for arg in args]
         if method == "load_weights":
-            self.weights = (refs[0], refs[1])
+            self.version = refs[1]
         return RemoteCall(self, role, method, refs)
+
+    def first(self, pending: Mapping[str, RemoteCall]) -> str:
+        refs = {call.ref: key for key, call in pending.items()}
+        return refs[self.ray.wait(list(refs), num_returns=1)[0][0]]  # a call whose actor died counts: result revives
 
     def revive(self, role: str) -> None:
         """A new actor for a dead rollout or reward role, with the current weights. RunFailure for the learner's."""
@@ -176,13 +203,17 @@ class Remote:
             raise RunFailure(f"the {role} process died once more; run.max_restarts are used up")
         self.restarts_left -= 1
         self.hosts[role] = self.start[role]()
-        if role.startswith("rollout") and self.weights is not None:
-            self._get(self.hosts[role].call.remote(role, "load_weights", *self.weights), role)
+        if role.startswith("rollout") and self.version is not None:
+            # everything: what travelled last may be only what changed since a version that a new engine lacks
+            whole = self.hosts["learner"].call.remote("learner", "weights")
+            self._get(self.hosts[role].call.remote(role, "load_weights", whole, self.version), role)
 
     def _get(self, refs: Any, who: str) -> Any:
         try:
             return self.ray.get(refs)
         except self.ray.exceptions.RayTaskError as err:
+            if isinstance(_cause(err), self.ray.exceptions.RayActorError):  # the weights came from a dead learner
+                raise RunFailure("the learner process died") from err
             raise _cause(err) from err
         except self.ray.exceptions.RayActorError as err:
             raise RunFailure(f"{who} died while it started: {' '.join(str(err).split())[:300]}") from err

@@ -96,6 +96,14 @@ class Config(Section):
                 f"grpo.mtp_loss_weight {self.grpo.mtp_loss_weight} trains MTP layers, which get no adapter under "
                 "model.lora; set one of the two to its default"
             )
+        rollout, drafts = self.rollout, self.rollout.speculative_tokens
+        if drafts and rollout.engine != "vllm":
+            raise ValueError(f"rollout.speculative_tokens {drafts} needs rollout.engine vllm, not {rollout.engine}")
+        if drafts and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0):
+            raise ValueError(
+                f"rollout.speculative_tokens {drafts} does not go with top_p, top_k or min_p: vLLM does not tell what "
+                "mass they kept of an accepted draft; leave them at their defaults"
+            )
         if self.run.eval_reward and self.run.eval_reward not in self.rewards:
             raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
         return self

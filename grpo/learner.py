@@ -24,7 +24,7 @@ from grpo.packing import pack
 from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Policy, Stats
 from grpo.records import PackedBatch, StepStats, TrainingSample
 from grpo.router import router_metrics
-from grpo.weight_sync import Bucket, Canary, buckets
+from grpo.weight_sync import Bucket, Canary, Outbox
 from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
 from model.lora import FOLDER, LoraAdapter, MergedModel
 from model.modeling import DeepseekV3PreTrainedModel
@@ -74,6 +74,7 @@ class Learner:
         self.optimizer = _optimizer(self.policy, config)
         self.updates = 0  # optimiser updates so far
         self.policy_version = 0
+        self.outbox = Outbox()
 
     def step(
         self, minibatches: Sequence[Sequence[PackedBatch]], rollout_counts: torch.Tensor | None = None
@@ -184,9 +185,12 @@ class Learner:
             else self.logprobs(dataclasses.replace(batch, routed_experts=None), self.reference),
         )
 
-    def weights(self) -> list[Bucket]:
-        """The whole policy under published names, ready to travel; carries the policy version."""
-        first, *others = buckets(published_state(self.published), self.policy_version)
+    def weights(self, since: int | None = None) -> list[Bucket]:
+        """The policy under published names, ready to travel; carries the policy version.
+
+        `since`: a version that every engine holds; where it is the one sent last, only what changed travels.
+        """
+        first, *others = self.outbox.pack(published_state(self.published), self.policy_version, since)
         return [dataclasses.replace(first, canary=self.canary() if self.canaries else None), *others]
 
     @torch.no_grad()
@@ -300,6 +304,9 @@ def _combine(updates: Sequence[Stats], total: Stats) -> dict[str, float]:
         / max(float(updates[0]["sum/rows"]), 1.0),
         "sampling/sampling_logp_difference/max": float(updates[0]["max/logp_difference"]),
     }
+    if "sum/routed" in stats:
+        differ, routed = (float(updates[0][f"sum/{key}"]) for key in ("routes_differ", "routed"))
+        metrics["sampling/routes_differ"] = differ / max(routed, 1.0)
     if "sum/kl" in stats:
         metrics["kl"] = stats["sum/kl"] / tokens
     if "sum/is_ratio" in stats:

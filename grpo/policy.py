@@ -102,7 +102,8 @@ class DeepseekV3Policy(Policy):
     """DeepSeek-V3, with multi-token prediction and balanced routers.
 
     To the statistics of loss_fn are added `sum/expert_counts` [layers with experts, E] of the tokens trained on (MTP
-    layers last, where they are trained) and sums over the depths of MTP.
+    layers last, where they are trained), sums over the depths of MTP, and where routes are replayed the number of
+    tokens trained on, and of those that would have gone to other experts in some layer.
     """
 
     def __init__(
@@ -152,6 +153,9 @@ class DeepseekV3Policy(Policy):
                 )
                 loss = loss + aux.router_aux_loss_coef * balance * batch.num_samples / total_samples
         stats["sum/expert_counts"] = counts
+        if out.routes_differ is not None:
+            differ = out.routes_differ[trained]
+            stats["sum/routes_differ"], stats["sum/routed"] = differ.any(1).sum(), torch.tensor(len(differ))
         return loss, stats
 
     @torch.no_grad()

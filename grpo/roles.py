@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from grpo.config import Config
+from grpo.dispatch import Held
 from grpo.learner import Learner
 from grpo.prepare import reward_resources
 from grpo.weight_sync import Bucket, unpack
 from rewards import RewardInput, Score, build_rewards
-from rollout import Completion, SamplingParams, build_engine
-from rollout.engine import Checked
+from rollout import Completion, build_engine
+from rollout.engine import Checked, Speculating
 
 
 class RolloutRole:
@@ -31,32 +32,64 @@ class RolloutRole:
             **_engine_options(config),
         )
         self.check = rollout.weight_check
+        self.begun: dict[tuple[int, int], int] = {}  # (batch, index) -> number of the engine's request
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
-        return self.engine.generate(prompts, params)
+    def advance(self, batch: int, held: Held, everything: bool) -> dict[int, list[Completion]]:
+        """Samples `held` until one group is done, or everything -> what is done. What it has begun already goes on.
+
+        `batch` tells one call of Cluster.sample from another. A request that is not in `held` any more is forgotten.
+        """
+        begun = {key: number for key, number in self.begun.items() if key[0] == batch and key[1] in held}
+        if len(begun) < len(self.begun):  # a batch that was given up
+            self.engine.abort()
+            begun = {}
+        done: dict[int, list[Completion]] = {}
+        try:
+            for index, (prompt, params) in held.items():
+                if (batch, index) not in begun:
+                    begun[batch, index] = self.engine.add_request(prompt, params)
+            places = {number: index for (_, index), number in begun.items()}
+            while len(done) < (len(held) if everything else min(1, len(held))):
+                done |= {places[number]: group for number, group in self.engine.step().items()}
+        except BaseException:
+            self.engine.abort()
+            self.begun = {}
+            raise
+        self.begun = {key: number for key, number in begun.items() if key[1] not in done}
+        return done
 
     def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, float]:
-        """Takes over a whole version -> {"policy_version", "check_seconds"}.
+        """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"},
+        and "drafted" and "accepted" tokens since the last time where the engine speculates.
 
         Raises ValueError if the buckets are not that version, WeightFault if the engine does not compute with them.
         """
         if buckets[0].version != version:
             raise ValueError(f"weights of version {buckets[0].version} came where {version} was expected")
         weights = list(unpack(buckets))
-        self.engine.load_weights(weights, version)
+        self.engine.load_weights(weights, version, buckets[0].base)
         start, canary = time.perf_counter(), buckets[0].canary
         if isinstance(self.engine, Checked) and self.check != "off":
             if self.check == "full":
                 self.engine.check_weights(weights)
             if canary is not None:
                 self.engine.check_canary(canary.prompts, canary.logprobs)
-        return {"policy_version": self.engine.policy_version, "check_seconds": time.perf_counter() - start}
+        return {
+            "policy_version": self.engine.policy_version,
+            "check_seconds": time.perf_counter() - start,
+            "bytes": sum(bucket.data.nbytes for bucket in buckets),
+            **(self.engine.speculated() if isinstance(self.engine, Speculating) else {}),
+        }
 
 
 def _engine_options(config: Config) -> dict[str, Any]:
     rollout = config.rollout
     if rollout.engine == "vllm":
-        return {"dtype": config.model.dtype, **rollout.engine_options}
+        return {
+            "dtype": config.model.dtype,
+            "speculative_tokens": rollout.speculative_tokens,
+            **rollout.engine_options,
+        }
     return {
         "dtype": getattr(torch, config.model.dtype),
         "page_size": rollout.page_size,

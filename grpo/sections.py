@@ -184,8 +184,15 @@ class RolloutConfig(Section):
     weight_check: Literal["full", "canary", "off"] = "full"
     """vllm, after each push of weights. full: every tensor as it lies in the engine, and log-probabilities of canary
     prompts; canary: these alone. A mismatch stops the run before a sample is drawn."""
+    speculative_tokens: int = Field(default=0, ge=0)
+    """vllm: tokens that the MTP layer drafts at a time and the policy then accepts or rejects; samples keep their
+    distribution, and greedy its tokens. Not with top_p, top_k or min_p. 0: off."""
+    delta_sync: bool = True
+    """Leave out of a push the tensors that did not change since the version that the engines hold (an adapter's base,
+    a frozen router, an untrained MTP layer). An engine that was replaced gets everything."""
     num_workers: int = Field(default=1, ge=1)
-    """Engines; each takes an equal, contiguous share of the prompts, groups kept together."""
+    """Engines. Groups stay together and go to the engine with the fewest outstanding tokens; with vllm or `exact` an
+    engine gets as much as it decodes at a time, and more as soon as it has room."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the learner's log-probabilities use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -29,6 +29,7 @@ class PackedOutput:
     routed_experts: Tensor | None = None  # [T, L_moe, K] int64, if asked for
     expert_counts: Tensor | None = None  # [L_moe, E] int64, if asked for
     router_scores: tuple[Tensor, ...] | None = None  # L_moe of [T, E] float32 with gradient, if asked for
+    routes_differ: Tensor | None = None  # [T, L_moe] bool, in a replay: not what the routers would have chosen
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,13 @@ class DeepseekV3PreTrainedModel(nn.Module):
             raise ValueError(f"routed_experts has shape {tuple(routed_experts.shape)}: replay needs {expected}")
         hidden, routings = self.model(input_ids, layout, routed_experts)
         empty = hidden.new_zeros(expected, dtype=torch.int64)
+        replayed = routed_experts is not None and len(routings) > 0
         return PackedOutput(
             hidden,
             (torch.stack([r.experts for r in routings], 1) if routings else empty) if output_routing else None,
             (torch.stack([r.counts for r in routings]) if routings else empty[0]) if output_routing else None,
             tuple(r.scores for r in routings) if output_router_scores else None,
+            torch.stack([d for r in routings if (d := r.differs) is not None], 1) if replayed else None,
         )
 
     @classmethod

@@ -18,6 +18,7 @@ class Routing(NamedTuple):
     weights: Tensor  # [T, K] float32, carries gradient to the router
     scores: Tensor  # [T, E] float32 sigmoid scores, without bias
     counts: Tensor  # [E] int64, tokens per expert
+    differs: Tensor | None = None  # [T] bool, in a replay: the router itself would have chosen other experts
 
 
 class TopkRouter(nn.Module):
@@ -63,15 +64,17 @@ class TopkRouter(nn.Module):
         logits = F.linear(x.float(), self.weight.float())  # [T, E], FP32: near-ties must not flip
         scores = logits.sigmoid()
         with torch.no_grad():
-            experts = self.select(scores)  # [T, K]
+            experts, differs = self.select(scores), None  # [T, K]
             if routed_experts is not None:
                 replay = routed_experts.to(experts)
-                experts = torch.where((replay < 0).any(-1, keepdim=True), experts, replay)
+                replay = torch.where((replay < 0).any(-1, keepdim=True), experts, replay)
+                differs = (replay.sort(-1).values != experts.sort(-1).values).any(-1)
+                experts = replay
             counts = expert_counts(experts[:, None], self.num_experts)[0]
         weights = scores.gather(1, experts)  # [T, K], unbiased scores
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(experts, weights * self.scaling, scores, counts)
+        return Routing(experts, weights * self.scaling, scores, counts, differs)
 
 
 def expert_counts(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:

@@ -20,6 +20,12 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weigh
 FP8_WEIGHT = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
 SCALE_SUFFIX = "_scale_inv"  # X.weight_scale_inv beside X.weight
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+FUSED = {
+    "q_a_proj": "qkv_a",
+    "kv_a_proj_with_mqa": "qkv_a",
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+}  # projections that engines fuse
 
 
 class HFModel(Protocol):
@@ -71,6 +77,18 @@ def from_hf(hf_name: str, config: DeepseekV3Config) -> tuple[str, int | None, st
         return name, None, None
     stacked = "down_proj" if expert[3] == "down_proj" else "gate_up_proj"
     return f"{expert[1]}.{stacked}", int(expert[2]), expert[3]
+
+
+def load_unit(hf_name: str) -> str:
+    """What a published tensor is loaded with: engines take a module, fused projections or all experts of a layer whole.
+
+    Tensors with the same unit must come together; a part of a unit would leave the rest of it undefined.
+    """
+    module = hf_name.rpartition(".")[0]
+    if ".experts." in module:
+        return module.partition(".experts.")[0] + ".experts"
+    stem, _, leaf = module.rpartition(".")
+    return f"{stem}.{FUSED.get(leaf, leaf)}"
 
 
 def stored_in_fp8(hf_name: str) -> bool:

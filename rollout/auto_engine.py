@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from model.auto import end_tokens, load_published
+from model.auto import end_tokens, load_published, published
 from rollout.draws import sample_seeds, uniform
 from rollout.paged.sampler import SamplingRows, sample
-from rollout.records import Completion, SamplingParams
+from rollout.records import Completion, SamplingParams, check_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,10 +54,30 @@ class AutoEngine:
         known = inspect.signature(self.model.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"  # the latter before transformers 5.2x
         self.policy_version = 0
+        self.queued: dict[int, tuple[Sequence[int], SamplingParams]] = {}
+        self._next_id = 0
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """See Engine."""
+        self._check("the prompt", prompt, params)
+        self.queued[self._next_id] = prompt, params
+        self._next_id += 1
+        return self._next_id - 1
+
+    def step(self) -> dict[int, list[Completion]]:
+        """Samples everything that is queued."""
+        queued, self.queued = self.queued, {}
+        prompts, params = zip(*queued.values())
+        return dict(zip(queued, self.generate(prompts, params)))
+
+    def abort(self) -> None:
+        """See Engine."""
+        self.queued = {}
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """See Engine. Raises ValueError for missing, unknown or misshapen tensors; then nothing has changed."""
-        load_published(self.model, weights)
+        check_base(self.policy_version, version, base)
+        load_published(self.model, weights if base is None else (dict(published(self.model)) | dict(weights)).items())
         self.policy_version = version
 
     @torch.inference_mode()
@@ -69,7 +89,7 @@ class AutoEngine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
         for number, (prompt, wanted) in enumerate(zip(prompts, each)):
-            self._check(number, prompt, wanted)
+            self._check(f"prompt {number}", prompt, wanted)
         rows = [row for i, (prompt, wanted) in enumerate(zip(prompts, each)) for row in self._rows(i, prompt, wanted)]
         rows.sort(key=lambda row: len(row.prompt))  # stable: the samples of a prompt stay together
         results: dict[tuple[int, int], Completion] = {}
@@ -79,14 +99,14 @@ class AutoEngine:
                 results.update(self._decode(batch[start : start + self.batch]))
         return [[results[i, index] for index in range(wanted.n)] for i, wanted in enumerate(each)]
 
-    def _check(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _check(self, name: str, prompt: Sequence[int], params: SamplingParams) -> None:
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty; give at least one token")
+            raise ValueError(f"{name} is empty; give at least one token")
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise ValueError(f"prompt {number} has a token id outside 0 .. {self.vocab_size - 1}")
+            raise ValueError(f"{name} has a token id outside 0 .. {self.vocab_size - 1}")
         if len(prompt) + params.max_tokens > self.max_model_len:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
+                f"{name} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
                 f"the context of {self.max_model_len}; shorten it or lower max_tokens"
             )
 

@@ -23,7 +23,7 @@ from rollout.draws import sample_seeds, uniform
 from rollout.paged.decoder import PagedDecoder
 from rollout.paged.pages import PagePool
 from rollout.paged.sampler import SamplingRows, sample
-from rollout.records import Completion, SamplingParams
+from rollout.records import Completion, SamplingParams, check_base
 
 
 @dataclass(slots=True)
@@ -77,12 +77,17 @@ class EmbeddedEngine:
         self._next_id = 0
         self._batch: _Batch | None = None  # tensors of `running`; None: to be built anew
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """See Engine. Raises ValueError for missing, unknown or misshapen tensors; then nothing is sampled until a
         complete set has come."""
         assert not self.running and not self.waiting, "weights change between generations only"
+        if base is not None and not self.whole:
+            raise ValueError("the last set of weights was incomplete; load a complete one first")
+        check_base(self.policy_version, version, base)
         self.whole = False
-        load_hf_state(self.model, weights)
+        loader = load_hf_state(self.model, weights, strict=base is None)
+        if loader.unexpected:
+            raise ValueError(f"{loader.unexpected[0]} is no tensor of the model that the engine was built from")
         self.whole = True
         self.decoder.refresh()
         self.policy_version = version
@@ -103,7 +108,7 @@ class EmbeddedEngine:
             while self.waiting or self.running:
                 results.update(self.step())
         except BaseException:
-            self._abort()
+            self.abort()
             raise
         return [results[i] for i in ids]
 
@@ -276,7 +281,8 @@ class EmbeddedEngine:
         sequence.pages = []
         return sequence
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """See Engine."""
         for sequence in self.running:
             self.pool.release(sequence.pages)
         self._reset()

@@ -25,8 +25,24 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Takes over a complete set of (published name, tensor); from then on completions carry `version`."""
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queues a prompt and returns its number. Raises ValueError for a bad one; other requests are not touched."""
+        ...
+
+    def step(self) -> dict[int, list[Completion]]:
+        """Goes on with what is queued, a token or so each; returns the requests that are complete."""
+        ...
+
+    def abort(self) -> None:
+        """Forgets every unfinished request."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
+        """Takes over a complete set of (published name, tensor); from then on completions carry `version`.
+
+        With `base`, what changed since that version, which the engine must hold (or hold `version` itself); then
+        tensors that are loaded as one (model.names.load_unit) come together. Raises ValueError otherwise.
+        """
         ...
 
 
@@ -43,6 +59,15 @@ class Checked(Protocol):
 
     def check_canary(self, prompts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
         """The engine's log-probabilities of the prompts' tokens but the first, against the learner's."""
+        ...
+
+
+@runtime_checkable
+class Speculating(Protocol):
+    """An engine that may draft tokens with an MTP layer."""
+
+    def speculated(self) -> dict[str, float]:
+        """{"drafted", "accepted"} tokens since the last call; nothing where it does not speculate."""
         ...
 
 

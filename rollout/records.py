@@ -12,6 +12,15 @@ class WeightFault(RuntimeError):
     """An engine does not compute with the weights that it was given; the message names the first wrong tensor."""
 
 
+def check_base(held: int, version: int, base: int | None) -> None:
+    """ValueError where the changes from version `base` to `version` do not fit an engine that holds version `held`."""
+    if base is not None and held not in (base, version):  # changes hold the new values: applied twice, they stay true
+        raise ValueError(
+            f"weights of version {version} came as the changes since {base}, but the engine holds {held}; "
+            "send it every tensor"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample one prompt. Field names and meanings are vLLM's.

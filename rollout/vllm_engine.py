@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from model.family import empty_model, eos_token_ids, published_state, read_config
+from model.names import load_unit
 from rollout.draws import sample_seeds
-from rollout.records import Completion, SamplingParams, WeightFault
+from rollout.records import Completion, SamplingParams, WeightFault, check_base
 
 _QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: pushes are calls, start-up is seconds
@@ -44,10 +45,11 @@ class VllmEngine:
         max_model_len: int = 0,
         enable_return_routed_experts: bool = False,
         kv_cache_gb: float = 0.0,
+        speculative_tokens: int = 0,
         **options: Any,
     ) -> None:
-        """max_model_len 0: the model's. kv_cache_gb 0: a share of the memory on a GPU, 1 on a CPU. `options` go to
-        vllm.LLM as they are.
+        """max_model_len 0: the model's. kv_cache_gb 0: a share of the memory on a GPU, 1 on a CPU. speculative_tokens:
+        drafted at a time by the model's MTP layer. `options` go to vllm.LLM as they are.
         """
         LLM = _vllm().LLM
         on_cpu = not _cuda()
@@ -59,8 +61,16 @@ class VllmEngine:
             defaults["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
         if max_model_len:
             defaults["max_model_len"] = max_model_len
-        if enable_return_routed_experts:  # cached tokens are never routed
+        if enable_return_routed_experts and on_cpu:  # recorded by our worker: cached tokens are never routed
             defaults["enable_prefix_caching"] = False
+        elif enable_return_routed_experts:  # by vLLM: inside a CUDA graph nothing of ours runs
+            defaults["enable_return_routed_experts"] = True
+        self.speculative_tokens = speculative_tokens
+        self.published = _published(Path(model_dir))
+        if speculative_tokens:
+            if not any(".eh_proj." in name for name in self.published):
+                raise ValueError(f"{str(model_dir)!r} has no MTP layer to draft with; set speculative_tokens to 0")
+            defaults["speculative_config"] = {"method": "mtp", "num_speculative_tokens": speculative_tokens}
         try:
             self.llm = LLM(
                 str(model_dir),
@@ -80,13 +90,15 @@ class VllmEngine:
         self.vocab_size = int(config.get_vocab_size())
         self.eos_token_ids = eos_token_ids(model_dir)
         self.return_routed_experts = enable_return_routed_experts
-        self.published = _published(Path(model_dir))
+        self.dense_layers = int(getattr(config.hf_config, "first_k_dense_replace", 0))
         if getattr(config.hf_config, "tie_word_embeddings", False):  # some checkpoints hold the copy all the same
             self.published.pop("lm_head.weight", None)
         self.policy_version = 0
         self.whole = True  # False once a load has failed: the weights are then of two versions
         self._next_id = 0
-        self.rpc("watch", enable_return_routed_experts)
+        # what add_request took and step has not returned: how to sample it, and its samples so far
+        self.open: dict[int, tuple[SamplingParams, list[Completion | None]]] = {}
+        self.rpc("watch", enable_return_routed_experts and on_cpu)
 
     def rpc(self, method: str, *args: Any) -> Any:
         """Calls a method of the worker extension."""
@@ -101,37 +113,63 @@ class VllmEngine:
             raise ValueError(
                 f"{len(each)} SamplingParams for {len(prompts)} prompts; give one for all, or one for each"
             )
-        if not self.whole:
-            raise ValueError("the last load of weights failed half-way; load a whole version before sampling")
         for number, (prompt, wanted) in enumerate(zip(prompts, each)):
-            self._check(number, prompt, wanted)
-        places: dict[str, tuple[int, int]] = {}
-        results: list[list[Completion | None]] = [[None] * wanted.n for wanted in each]
-        for number, (prompt, wanted) in enumerate(zip(prompts, each)):
-            seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
-            for index, own in enumerate(sample_seeds(seed, wanted.n)):
-                name = str(self._next_id)
-                self._next_id += 1
-                places[name] = (number, index)
-                self.engine.add_request(name, {"prompt_token_ids": list(prompt)}, self._params(wanted, int(own) >> 1))
+            self._check(prompt, wanted, f"prompt {number}")  # all of them before any work
+        ids = [self.add_request(prompt, wanted) for prompt, wanted in zip(prompts, each)]
+        results: dict[int, list[Completion]] = {}
         try:
-            while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    if output.finished:
-                        number, index = places[output.request_id]
-                        results[number][index] = self._completion(output, each[number])
+            while len(results) < len(ids):
+                results |= self.step()
         except BaseException:
-            self.engine.abort_request(list(places))
+            self.abort()
             raise
-        assert all(c is not None for row in results for c in row), "vLLM returned fewer samples than were asked for"
-        return results  # type: ignore[return-value]
+        return [results[number] for number in ids]
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """See rollout.engine.Engine."""
+        self._check(prompt, params, "the prompt")
+        number = self._next_id
+        self._next_id += 1
+        self.open[number] = params, [None] * params.n
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        for index, own in enumerate(sample_seeds(seed, params.n)):
+            wanted = self._params(params, int(own) >> 1)
+            self.engine.add_request(f"{number}.{index}", {"prompt_token_ids": list(prompt)}, wanted)
+        return number
+
+    def step(self) -> dict[int, list[Completion]]:
+        """See rollout.engine.Engine."""
+        assert self.engine.has_unfinished_requests(), "vLLM lost a sample: it has nothing left to do"
+        complete: dict[int, list[Completion]] = {}
+        for output in self.engine.step():
+            if output.finished:
+                number, index = map(int, output.request_id.split("."))
+                params, done = self.open[number]
+                done[index] = self._completion(output, params)
+                samples = [completion for completion in done if completion is not None]
+                if len(samples) == len(done):
+                    complete[number] = samples
+                    del self.open[number]
+        return complete
+
+    def abort(self) -> None:
+        """See rollout.engine.Engine."""
+        names = [f"{number}.{i}" for number, (_, done) in self.open.items() for i, c in enumerate(done) if c is None]
+        self.engine.abort_request(names)
+        for name in names:
+            self.rpc("drop", name)
+        self.open.clear()
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """See rollout.engine.Engine."""
         weights = list(weights)
-        self._check_names(weights)
+        if base is not None and not self.whole:
+            raise ValueError("the last load of weights failed half-way; load a whole version first")
+        check_base(self.policy_version, version, base)
+        self._check_names(weights, partial=base is not None)
         self.whole = False
-        self.rpc("load", weights)
+        if weights:
+            self.rpc("load", weights)
         self.llm.reset_prefix_cache()
         self.policy_version, self.whole = version, True
 
@@ -155,6 +193,10 @@ class VllmEngine:
                 f"learner's by {error:.2g} ({'at most' if exact else 'on average'} {cap:g} is allowed)"
             )
 
+    def speculated(self) -> dict[str, float]:
+        """See rollout.engine.Speculating."""
+        return self.rpc("speculated") if self.speculative_tokens else {}
+
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log-softmax(logits) of each prompt's tokens but the first, by a forward pass of the engine."""
         from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
@@ -166,19 +208,29 @@ class VllmEngine:
             for out in outputs
         ]
 
-    def _check(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _check(self, prompt: Sequence[int], params: SamplingParams, name: str) -> None:
+        if not self.whole:
+            raise ValueError("the last load of weights failed half-way; load a whole version before sampling")
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty; give at least one token")
+            raise ValueError(f"{name} is empty; give at least one token")
+        if self.speculative_tokens and params.temperature > 0 and _truncates(params):
+            raise ValueError(
+                f"{name} is to be sampled with top_p, top_k or min_p, and speculative_tokens is "
+                f"{self.speculative_tokens}: what they keep of an accepted draft is not known; leave them out"
+            )
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise ValueError(f"prompt {number} has a token id outside 0 .. {self.vocab_size - 1}")
+            raise ValueError(f"{name} has a token id outside 0 .. {self.vocab_size - 1}")
         if len(prompt) + params.max_tokens > self.max_model_len:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
+                f"{name} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
                 f"the context of {self.max_model_len}; shorten it or lower max_tokens"
             )
 
-    def _check_names(self, weights: Sequence[tuple[str, Any]]) -> None:
-        """ValueError unless these are the checkpoint's tensors, each once; parts of a layer would load as garbage."""
+    def _check_names(self, weights: Sequence[tuple[str, Any]], partial: bool) -> None:
+        """ValueError unless these are the checkpoint's tensors, each once; parts of a layer would load as garbage.
+
+        partial: those of some load units, each of them whole.
+        """
         given: dict[str, Any] = {}
         for name, tensor in weights:
             if name in given:
@@ -191,9 +243,12 @@ class VllmEngine:
             if name.endswith("e_score_correction_bias") and tensor.dtype.itemsize != 4:
                 raise ValueError(f"{name} came as {tensor.dtype}; the router's bias must be float32")
             given[name] = tensor
+        units = {load_unit(name): name for name in given}
         for name in self.published:
-            if name not in given:
+            if name not in given and not partial:
                 raise ValueError(f"{name} is missing: a load takes every tensor of the model")
+            if name not in given and load_unit(name) in units:
+                raise ValueError(f"{name} is missing: it must come together with {units[load_unit(name)]}")
 
     def _params(self, params: SamplingParams, seed: int) -> Any:
         from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
@@ -222,9 +277,11 @@ class VllmEngine:
         assert len(drawn) == len(tokens), f"{len(drawn)=} {len(tokens)=}"
         record = self.rpc("pop", output.request_id)
         support = (0.0,) * len(tokens)
-        if params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0):
+        if params.temperature > 0 and _truncates(params):
             support = tuple(record["log_support"][: len(tokens)])
         routes: np.ndarray | None = record["routes"]
+        if routes is None and self.return_routed_experts:  # vLLM's own record has a row for dense layers too
+            routes = sample.routed_experts[:, self.dense_layers :]
         if routes is not None:
             routes = routes[: len(output.prompt_token_ids) + len(tokens) - 1]
         return Completion(
@@ -235,6 +292,10 @@ class VllmEngine:
             policy_version=self.policy_version,
             routed_experts=routes,
         )
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.top_p < 1 or params.top_k > 0 or params.min_p > 0
 
 
 def _more(found: Sequence[str]) -> str:

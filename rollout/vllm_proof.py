@@ -46,16 +46,36 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
         elif hasattr(module, "num_embeddings"):
             yield from _bytes(f"{name}.weight", module.weight, pushed)
             if name == "lm_head":
-                yield from _head(module, pushed)
+                tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+                yield from _head(module, pushed, "model.embed_tokens.weight" if tied else "lm_head.weight")
         elif hasattr(module, "quant_method") and hasattr(module, "input_size"):
             yield from _linear(name, module, pushed)
             bias = getattr(module, "e_score_correction_bias", None)
             if bias is not None:
                 yield from _bytes(f"{name}.e_score_correction_bias", bias, pushed)
-        elif type(module).__name__.endswith("Norm") and hasattr(module, "weight"):
+        elif isinstance(module, torch.nn.Linear) or (
+            type(module).__name__.endswith("Norm") and hasattr(module, "weight")
+        ):
             yield from _bytes(f"{name}.weight", module.weight, pushed)
         if getattr(module, "W_UK_T", None) is not None:
             yield from _absorbed(name, module, pushed, quantized)
+
+
+def draft_faults(draft: torch.nn.Module, pushed: Pushed, layers: tuple[str, ...]) -> list[str]:
+    """The same for the model that drafts: `layers` are the prefixes of the published MTP layers."""
+    own = {}
+    for name, tensor in pushed.items():
+        for prefix in layers:
+            rest = name.removeprefix(prefix)
+            if rest == name:
+                continue
+            if rest.startswith("embed_tokens."):
+                own[f"model.{rest}"] = tensor
+            elif rest.startswith(("enorm.", "hnorm.", "eh_proj.", "shared_head.")):
+                own[name] = tensor
+            else:
+                own[f"{prefix}mtp_block.{rest}"] = tensor
+    return [f"draft model: {line.replace('.mtp_block.', '.')}" for line in faults(draft, own)]
 
 
 def _differs(live: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
@@ -107,9 +127,9 @@ def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
             yield from _bytes(bias, module.bias[rows], pushed)
 
 
-def _head(module: Any, pushed: Pushed) -> Iterator[Check]:
+def _head(module: Any, pushed: Pushed, source: str) -> Iterator[Check]:
     """By its kernel, which on a CPU has a packed copy; a head that is tied must compute with the embedding."""
-    weight = pushed.get("lm_head.weight", pushed.get("model.embed_tokens.weight"))
+    weight = pushed.get(source)
     if weight is not None:
         weight = weight.to(module.weight.device)
         x = _rows(weight.shape[1], weight.device, weight.dtype)

@@ -6,6 +6,8 @@ vLLM mixes WorkerExtension into its Worker, so `self` has `model_runner`, `devic
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,31 +26,37 @@ class WorkerExtension:
         """Start to record for each request the log of the mass that truncation keeps, and its tokens' experts."""
         self._support: dict[str, list[float]] = defaultdict(list)
         self._routes: dict[str, list[tuple[int, np.ndarray]]] | None = defaultdict(list) if routes else None
+        self._speculated: dict[str, Any] = {"drafted": 0, "accepted": 0}
         self._watch_truncation()
         if routes:
             self._watch_routers()
+        if self.model_runner.get_draft_model() is not None:
+            self._watch_drafts()
 
     def pop(self, request: str) -> dict[str, Any]:
         """The record of a finished request: log_support [T], routes [prompt + T - 1, MoE layers, K] or None."""
         routes = None if self._routes is None else _assembled(self._routes.pop(request))
         return {"log_support": self._support.pop(request, []), "routes": routes}
 
+    def drop(self, request: str) -> None:
+        """Forgets the record of a request that was aborted."""
+        self._support.pop(request, None)
+        if self._routes is not None:
+            self._routes.pop(request, None)
+
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> int:
-        """Takes over tensors under published names by vLLM's layerwise reload; returns how many."""
-        kernels: dict[Any, Any] = {}
-        if self.device.type == "cpu":  # there a layer is packed for its kernel only while it has none yet
-            for module in self.model_runner.get_model().modules():
-                method: Any = getattr(module, "quant_method", None)
-                if getattr(method, "moe_kernel", None) is not None:
-                    kernels[method], method.moe_kernel = method.moe_kernel, None
-        try:
+        """Takes over tensors under published names by vLLM's layerwise reload; returns how many.
+
+        Those of MTP layers go to the draft model, where there is one: the policy's loader leaves them out.
+        """
+        with _packed_anew(self.model_runner.get_model()):
             self.reload_weights(weights_iterator=iter(weights))
-        finally:
-            for method, kernel in kernels.items():
-                if method.moe_kernel is None:  # a layer that got no weights
-                    method.moe_kernel = kernel
         if self.device.type == "cpu":
             self._repack_tied_head()
+        draft, layers = self.model_runner.get_draft_model(), self._draft_layers()
+        drafted = [(name, tensor) for name, tensor in weights if name.startswith(layers)]
+        if draft is not None and drafted:
+            self._load_draft(draft, drafted)
         return len(weights)
 
     def _repack_tied_head(self) -> None:
@@ -57,12 +65,40 @@ class WorkerExtension:
         if getattr(self.model_config.hf_config, "tie_word_embeddings", False) and head is not None:
             head.quant_method.process_weights_after_loading(head)
 
+    def _load_draft(self, draft: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]) -> None:
+        from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        try:
+            from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check as in_parts
+        except ImportError:  # earlier versions do not ask for every tensor
+            from contextlib import nullcontext as in_parts
+        with set_current_vllm_config(self.vllm_config), in_parts(), _packed_anew(draft):
+            initialize_layerwise_reload(draft)
+            draft.load_weights(iter(weights))
+            finalize_layerwise_reload(draft, self.vllm_config.speculative_config.draft_model_config)
+
+    def _draft_layers(self) -> tuple[str, ...]:
+        config = self.model_runner.model_config.hf_config
+        first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+        return tuple(f"model.layers.{first + k}." for k in range(count))
+
+    def speculated(self) -> dict[str, float]:
+        """Drafted and accepted tokens since the last call."""
+        counts = {key: float(value) for key, value in self._speculated.items()}
+        self._speculated = {"drafted": 0, "accepted": 0}
+        return counts
+
     def faults(self, weights: list[tuple[str, torch.Tensor]], limit: int = 8) -> list[str]:
         """The first `limit` lines of rollout.vllm_proof.faults for what was pushed."""
-        from rollout.vllm_proof import faults
+        from rollout.vllm_proof import draft_faults, faults
 
+        pushed, draft = dict(weights), self.model_runner.get_draft_model()
         with torch.inference_mode():
-            return faults(self.model_runner.get_model(), dict(weights))[:limit]
+            found = faults(self.model_runner.get_model(), pushed)
+            if draft is not None:
+                found += draft_faults(draft, pushed, self._draft_layers())
+            return found[:limit]
 
     def _watch_truncation(self) -> None:
         runner, sampler = self.model_runner, self.model_runner.sampler
@@ -89,10 +125,28 @@ class WorkerExtension:
 
         sampler.apply_temperature, sampler.topk_topp_sampler.forward = apply_temperature, forward
 
+    def _watch_drafts(self) -> None:
+        if self.device.type == "cpu":
+            from vllm.v1.sample import rejection_sampler  # pyright: ignore[reportMissingImports]
+
+            rejection_sampler.expand_batch_to_tokens = _expanded
+        sampler = self.model_runner.rejection_sampler
+        judge = sampler.forward
+
+        def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            output = judge(metadata, *args, **kwargs)
+            kept = (output.sampled_token_ids != -1).sum() - len(output.sampled_token_ids)  # one of each row is no draft
+            self._speculated["drafted"] += sum(metadata.num_draft_tokens)
+            self._speculated["accepted"] += kept
+            return output
+
+        sampler.forward = forward
+
     def _watch_routers(self) -> None:
         runner = self.model_runner
         layers = [m for m in runner.get_model().modules() if hasattr(getattr(m, "router", None), "set_capture_fn")]
         seen: dict[int, torch.Tensor] = {}
+        small = np.uint8 if runner.model_config.get_num_experts() <= 256 else np.int16
         for layer in sorted(layers, key=lambda module: module.layer_id):
             layer.router.set_capture_fn(lambda ids, place=layer.layer_id: seen.__setitem__(place, ids.detach().clone()))
         execute = runner.execute_model
@@ -101,7 +155,8 @@ class WorkerExtension:
             seen.clear()
             result = execute(scheduled, *args, **kwargs)
             if seen:
-                ids = torch.stack([seen[place] for place in sorted(seen)], dim=1).cpu().numpy()  # [tokens, L_moe, K]
+                ids = torch.stack([seen[place] for place in sorted(seen)], dim=1)  # [tokens, L_moe, K]
+                ids = ids.cpu().numpy().astype(small)
                 row, batch = 0, runner.input_batch
                 for index, request in enumerate(batch.req_ids):
                     count = scheduled.num_scheduled_tokens.get(request, 0)
@@ -118,6 +173,36 @@ class WorkerExtension:
 
     def _min_p(self) -> Any:
         return any(getattr(processor, "min_p_count", 0) for processor in self.model_runner.input_batch.logitsprocs.all)
+
+
+def _expanded(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """x [requests] for each of their drafted tokens.
+
+    In place of vLLM's own, which on a CPU (0.32) writes floats into a copy: logits were divided by whatever lay in
+    memory where the temperature belongs.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return torch.where(expanded == replace_from, replace_to, expanded)
+
+
+@contextmanager
+def _packed_anew(model: torch.nn.Module) -> Iterator[None]:
+    """Lets a reload pack experts for their kernel: on a CPU that is done only while a layer has none yet."""
+    kernels: dict[Any, Any] = {}
+    if next(model.parameters()).device.type == "cpu":
+        for module in model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                kernels[method], method.moe_kernel = method.moe_kernel, None
+    try:
+        yield
+    finally:
+        for method, kernel in kernels.items():
+            if method.moe_kernel is None:  # a layer that got no weights
+                method.moe_kernel = kernel
 
 
 def _outer(request: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from grpo.config import GRPOConfig
 from grpo.learner import Learner
 from grpo.weight_sync import Bucket, buckets, unpack
-from model import DeepseekV3Config, DeepseekV3ForCausalLM
+from model import DeepseekV3ForCausalLM
 from model.names import hf_state
 from rollout import SamplingParams, WeightFault, build_engine
 
@@ -25,43 +25,14 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="`make test-vllm` has vLLM"),
 ]
-CONFIG: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.12,  # large, so that any wrong weight shows
-    "eos_token_id": 1,
-}
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 32, "kv_cache_gb": 0.03}
 PROMPTS = [np.random.default_rng(i).integers(3, 96, 2 + 3 * i % 23).tolist() for i in range(24)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIG))
-    shake(model, 0, 0.0)
-    path = tmp_path_factory.mktemp("vllm") / "model"
-    model.save_pretrained(path)
-    return path
+def directory(vllm_tiny: Any) -> Path:
+    return vllm_tiny()
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_a_killed_engine_comes_back_with_the_current_weights(tmp_path: Path, mon
             remote = self.backend
             pid = remote.ray.get(remote.hosts["rollout-0"].pid.remote())  # type: ignore[attr-defined]
             killed.append(pid)
-            remote.call("rollout-0", "generate", list(prompts), list(params))
+            remote.call("rollout-0", "advance", 0, dict(enumerate(zip(prompts, params))), True)
             os.kill(pid, signal.SIGKILL)
         return sample(self, prompts, params)
 
