@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ class WorkerExtension:
 
     model_runner: Any  # these are the Worker's
     device: torch.device
+    vllm_config: Any
     reload_weights: Any
     model_config: Any
 
@@ -67,16 +68,18 @@ class WorkerExtension:
 
     def _load_draft(self, draft: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]) -> None:
         from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from vllm.model_executor.model_loader import reload  # pyright: ignore[reportMissingImports]
 
         try:
-            from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check as in_parts
+            from vllm.model_executor.model_loader import mtp_validation  # pyright: ignore[reportMissingImports]
+
+            in_parts = mtp_validation.disable_mtp_completeness_check
         except ImportError:  # earlier versions do not ask for every tensor
-            from contextlib import nullcontext as in_parts
+            in_parts = nullcontext
         with set_current_vllm_config(self.vllm_config), in_parts(), _packed_anew(draft):
-            initialize_layerwise_reload(draft)
+            reload.initialize_layerwise_reload(draft)
             draft.load_weights(iter(weights))
-            finalize_layerwise_reload(draft, self.vllm_config.speculative_config.draft_model_config)
+            reload.finalize_layerwise_reload(draft, self.vllm_config.speculative_config.draft_model_config)
 
     def _draft_layers(self) -> tuple[str, ...]:
         config = self.model_runner.model_config.hf_config
