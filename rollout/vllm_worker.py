@@ -66,7 +66,7 @@ class WorkerExtension:
         if getattr(self.model_config.hf_config, "tie_word_embeddings", False) and head is not None:
             head.quant_method.process_weights_after_loading(head)
 
-    def _load_draft(self, draft: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]) -> None:
+    def _load_draft(self, draft: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
         from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
         from vllm.model_executor.model_loader import reload  # pyright: ignore[reportMissingImports]
 
