@@ -63,7 +63,7 @@ class Outbox:
         over a long run it would once call a changed tensor unchanged, so here digests are compared.
         """
         on_host = [(name, tensor.detach().cpu().contiguous()) for name, tensor in pairs]
-        digests = {name: hashlib.sha256(_raw(tensor)).digest() for name, tensor in on_host}
+        digests = {name: hashlib.sha256(_raw(tensor).data).digest() for name, tensor in on_host}
         base = since if since is not None and since == self.version else None
         if base is not None:
             moved = {load_unit(name) for name, digest in digests.items() if self.digests.get(name) != digest}

@@ -316,3 +316,12 @@ def test_a_sandbox_that_does_not_start_is_an_error_and_refused_before_training(m
         assert score.status is Status.ERROR and "exit status 1" in score.info["code_tests"]["reason"]
     with pytest.raises(ValueError, match=r"cannot start its sandbox .*exit status 1"):
         build_rewards({"code_tests": {}})
+
+
+def test_programs_that_end_by_themselves_leave_no_zombies() -> None:
+    """More of them than a slot may have processes: each must be gone before the next one starts."""
+    code = "```python\nimport os\ndef f(x):\n    os._exit(0)\n```"
+    with build_rewards({"code_tests": 1.0}, workers=1) as rewards:
+        scores = rewards.score([RewardInput("q", code, {"function": "f", "cases": [[[i], 1]]}) for i in range(50)])
+    assert [score.value for score in scores] == [0.0] * 50
+    assert {score.info["code_tests"]["reason"] for score in scores} == {"crash: the program ended with exit status 0"}
