@@ -7,9 +7,10 @@ itself calls perfect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grpo.config import Config, ConfigError
 from grpo.data import Row, completion_text, load_rows, row_fields
@@ -41,11 +42,21 @@ class Checked:
         return bool(self.low or self.empty or self.other)
 
 
+def resources_for(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command outside a run hands to build_rewards: loaders of models, only where a reward asks for them."""
+    kinds = [given.get("kind", name) if isinstance(given, Mapping) else name for name, given in mapping.items()]
+    if "generative_reward" not in kinds:
+        return {}
+    from grpo.prepare import reward_resources
+
+    return reward_resources()
+
+
 def check_rewards(config: Config, limit: int = 0, progress: Progress = lambda what, done, total: None) -> list[Checked]:
     """Checks each reward on the training and held-out rows, or on `limit` of them. Raises ValueError for bad input."""
     if not config.rewards:
         raise ConfigError("rewards is empty; name at least one, e.g. `rewards: {exact_match: 1.0}`")
-    with build_rewards(config.rewards, workers=config.run.reward_workers) as rewards:
+    with build_rewards(config.rewards, workers=config.run.reward_workers, **resources_for(config.rewards)) as rewards:
         gold = "answer" in rewards.needs()
         rows = [row for side in load_rows(config.data) for row in side]
         rows = rows[:: max(1, len(rows) // limit)][:limit] if limit else rows

@@ -138,6 +138,7 @@ def rewards_evaluate(
     Example: grpo rewards evaluate answers.jsonl --reward math_answer,format_tags --label correct --out runs/lab
     --math_answer.timeout=1 --fail-if "math_answer.fpr>0.02"
     """
+    from grpo.reward_check import resources_for
     from rewards.lab.data import Columns
     from rewards.lab.evaluate import Options, evaluate
 
@@ -147,7 +148,7 @@ def rewards_evaluate(
     columns = Columns(prompt, completion, answer, label, group)
     options = Options(columns, workers, cache, repeat, probes, fail_if or (), overwrite)
     with _progress() as progress:
-        found = evaluate(data, mapping, out, options, progress)
+        found = evaluate(data, mapping, out, options, progress, **resources_for(mapping))
     for line in found.report["verdicts"]:
         who = f"{line['reward']}: " if line["reward"] else ""
         remedy = f"; {line['remedy']}" if line["remedy"] else ""
