@@ -126,7 +126,7 @@ bench-rewards: .venv/.done .venv-rewards/.done  ## others' reward functions here
 	    antlr4-python3-runtime==4.13.2
 	@touch $@
 
-bench-cpu: .venv/.done .venv-peers/.done .venv-rewards/.done  ## every CPU benchmark against its peer; wants an otherwise idle machine
+bench-cpu: .venv/.done .venv-peers/.done .venv-rewards/.done .venv-vllm/.done  ## every CPU benchmark against its peer; wants an otherwise idle machine
 	for name in $(BENCHMARKS); do .venv/bin/python -m benchmarks.$$name; done
 
 clean:  ## remove environments and caches; runs/ stays
