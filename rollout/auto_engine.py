@@ -21,7 +21,7 @@ import torch
 from model.auto import end_tokens, load_published, published
 from rollout.draws import sample_seeds, uniform
 from rollout.paged.sampler import SamplingRows, sample
-from rollout.records import Completion, SamplingParams, check_base
+from rollout.records import Completion, SamplingParams, check_base, check_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ class AutoEngine:
 
     def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """See Engine."""
-        self._check("the prompt", prompt, params)
+        check_prompt("the prompt", prompt, params, self.vocab_size, self.max_model_len)
         self.queued[self._next_id] = prompt, params
         self._next_id += 1
         return self._next_id - 1
@@ -89,7 +89,7 @@ class AutoEngine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
         for number, (prompt, wanted) in enumerate(zip(prompts, each)):
-            self._check(f"prompt {number}", prompt, wanted)
+            check_prompt(f"prompt {number}", prompt, wanted, self.vocab_size, self.max_model_len)
         rows = [row for i, (prompt, wanted) in enumerate(zip(prompts, each)) for row in self._rows(i, prompt, wanted)]
         rows.sort(key=lambda row: len(row.prompt))  # stable: the samples of a prompt stay together
         results: dict[tuple[int, int], Completion] = {}
@@ -98,17 +98,6 @@ class AutoEngine:
             for start in range(0, len(batch), self.batch):
                 results.update(self._decode(batch[start : start + self.batch]))
         return [[results[i, index] for index in range(wanted.n)] for i, wanted in enumerate(each)]
-
-    def _check(self, name: str, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not len(prompt):
-            raise ValueError(f"{name} is empty; give at least one token")
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise ValueError(f"{name} has a token id outside 0 .. {self.vocab_size - 1}")
-        if len(prompt) + params.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"{name} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
-                f"the context of {self.max_model_len}; shorten it or lower max_tokens"
-            )
 
     def _rows(self, number: int, prompt: Sequence[int], params: SamplingParams) -> Iterator[_Row]:
         seed = secrets.randbits(63) if params.seed is None else params.seed

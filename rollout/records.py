@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,6 +52,19 @@ class SamplingParams:
         for name, ok, want in checks:
             if not ok:
                 raise ValueError(f"SamplingParams.{name} is {getattr(self, name)}; it must be {want}")
+
+
+def check_prompt(name: str, prompt: Sequence[int], params: SamplingParams, vocab_size: int, max_model_len: int) -> None:
+    """ValueError, which calls the prompt `name`, unless an engine of these sizes can sample it."""
+    if not len(prompt):
+        raise ValueError(f"{name} is empty; give at least one token")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise ValueError(f"{name} has a token id outside 0 .. {vocab_size - 1}")
+    if len(prompt) + params.max_tokens > max_model_len:
+        raise ValueError(
+            f"{name} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
+            f"the context of {max_model_len}; shorten it or lower max_tokens"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import numpy as np
 from model.family import empty_model, eos_token_ids, published_state, read_config
 from model.names import load_unit
 from rollout.draws import sample_seeds
-from rollout.records import Completion, SamplingParams, WeightFault, check_base
+from rollout.records import Completion, SamplingParams, WeightFault, check_base, check_prompt
 
 _QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: pushes are calls, start-up is seconds
@@ -211,20 +211,12 @@ class VllmEngine:
     def _check(self, prompt: Sequence[int], params: SamplingParams, name: str) -> None:
         if not self.whole:
             raise ValueError("the last load of weights failed half-way; load a whole version before sampling")
-        if not len(prompt):
-            raise ValueError(f"{name} is empty; give at least one token")
         if self.speculative_tokens and params.temperature > 0 and _truncates(params):
             raise ValueError(
                 f"{name} is to be sampled with top_p, top_k or min_p, and speculative_tokens is "
                 f"{self.speculative_tokens}: what they keep of an accepted draft is not known; leave them out"
             )
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise ValueError(f"{name} has a token id outside 0 .. {self.vocab_size - 1}")
-        if len(prompt) + params.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"{name} has {len(prompt)} tokens, and with max_tokens {params.max_tokens} that is more than "
-                f"the context of {self.max_model_len}; shorten it or lower max_tokens"
-            )
+        check_prompt(name, prompt, params, self.vocab_size, self.max_model_len)
 
     def _check_names(self, weights: Sequence[tuple[str, Any]], partial: bool) -> None:
         """ValueError unless these are the checkpoint's tensors, each once; parts of a layer would load as garbage.
