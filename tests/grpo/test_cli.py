@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from grpo.cli import main
+from tests.command import run
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `grpo ARGV`."""
-    before, sys.argv = sys.argv, ["grpo", *argv]
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 def config(tmp_path: Path, **sections: dict[str, Any]) -> str:

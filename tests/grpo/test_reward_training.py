@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from grpo.cli import main
 from grpo.config import Config, RewardModelConfig, load_config
 from grpo.learner import Learner
 from grpo.preferences import Example, concordance, example_losses, measures
@@ -28,6 +26,7 @@ from grpo.reward_training import (
 from model.create import create_model
 from model.reward_head import DeepseekV3ForSequenceClassification
 from rewards import RewardInput, build_rewards
+from tests import command
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_v3.yaml"
 PAIRS = RewardModelConfig(center_rewards_coefficient=0.1)
@@ -219,16 +218,7 @@ def test_equal_seeds_give_equal_models(tmp: Path) -> None:
 def run(capfd: pytest.CaptureFixture[str], config: Config, tmp_path: Path, *argv: str) -> tuple[int, str, str]:
     path = tmp_path / "config.yaml"
     path.write_text(config.dump())
-    before, sys.argv = sys.argv, ["grpo", "rewards", "train", str(path), *argv]
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capfd.readouterr()
-    return code, out, err
+    return command.run(capfd, "rewards", "train", str(path), *argv)
 
 
 GOOD = {"prompt": "1:", "chosen": "ae", "rejected": "bc"}

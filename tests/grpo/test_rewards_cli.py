@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from grpo.cli import main
+from tests import command
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -18,16 +17,7 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 def run(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `grpo rewards ARGV`."""
-    before, sys.argv = sys.argv, ["grpo", "rewards", *argv]
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capfd.readouterr()
-    return code, out, err
+    return command.run(capfd, "rewards", *argv)
 
 
 @pytest.fixture
