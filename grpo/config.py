@@ -1,7 +1,8 @@
 """Configuration of every command: pydantic models, one YAML with a section each, `--section.key=value` overrides.
 
 `load_config` reads, overrides and checks; anything wrong is a ConfigError whose one line names key, value and remedy.
-The sections and their keys are in grpo/sections.py. Nothing here imports torch, so a bad key is found in a blink.
+The sections and their keys are in grpo/sections.py and grpo/training_sections.py. Nothing here imports torch, so a bad
+key is found in a blink.
 """
 
 from __future__ import annotations
@@ -16,17 +17,12 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .overrides import ConfigError, YamlLoader, one_line, override
-from .sections import (
-    DataConfig,
+from .sections import DataConfig, LoraConfig, ModelConfig, RolloutConfig, RunConfig, Section
+from .training_sections import (
     DistillConfig,
     ExtendConfig,
     GRPOConfig,
-    LoraConfig,
-    ModelConfig,
     RewardModelConfig,
-    RolloutConfig,
-    RunConfig,
-    Section,
     StageConfig,
     SupervisedConfig,
 )

@@ -20,6 +20,7 @@ from grpo.auto_policy import AutoPolicy
 from grpo.config import GRPOConfig, StageConfig, SupervisedConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
+from grpo.optimizer import build_optimizer
 from grpo.packing import pack
 from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Policy, Stats
 from grpo.records import PackedBatch, StepStats, TrainingSample
@@ -71,7 +72,13 @@ class Learner:
         elif isinstance(config, GRPOConfig) and config.beta > 0:
             frozen = load_model(reference_dir or model_dir, dtype=getattr(torch, dtype))
             self.reference = _policy(frozen.requires_grad_(False))
-        self.optimizer = _optimizer(self.policy, config)
+        self.optimizer = build_optimizer(
+            self.policy.master,
+            config.learning_rate,
+            (config.adam_beta1, config.adam_beta2),
+            config.weight_decay,
+            getattr(torch, config.adam_moment_dtype),
+        )
         self.updates = 0  # optimiser updates so far
         self.policy_version = 0
         self.outbox = Outbox()
@@ -265,17 +272,6 @@ def _policy(model: AnyModel, auxiliary: AuxiliaryLosses | None = None, checkpoin
     if isinstance(model, DeepseekV3PreTrainedModel):
         return DeepseekV3Policy(model, auxiliary, checkpointing)
     return AutoPolicy(model, checkpointing)
-
-
-def _optimizer(policy: Policy, config: GRPOConfig | SupervisedConfig) -> torch.optim.AdamW:
-    matrices = [p for p in policy.master if p.dim() > 1]
-    vectors = [p for p in policy.master if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def _sum(stats: Iterable[Stats]) -> Stats:

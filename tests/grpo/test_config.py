@@ -53,6 +53,12 @@ def test_prompts_that_do_not_divide_into_minibatches() -> None:
         assert part in text
 
 
+def test_bf16_moments_that_could_not_decay() -> None:
+    text = message({"grpo": {"adam_moment_dtype": "bfloat16", "adam_beta2": 0.999}})
+    for part in ("adam_beta2 0.999", "0.996", "adam_moment_dtype", "float32"):
+        assert part in text
+
+
 @pytest.mark.parametrize(
     "key, value",
     [

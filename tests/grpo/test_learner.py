@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -279,10 +279,11 @@ def everything(learner: Learner) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "moments"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16",) * 2])
+def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str, moments: Literal["float32", "bfloat16"]) -> None:
     config = GRPOConfig(
         learning_rate=1e-3,
+        adam_moment_dtype=moments,
         warmup_steps=5,
         weight_decay=0.1,
         num_iterations=2,
@@ -295,7 +296,7 @@ def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str) -> None:
     fresh = Learner(tiny, config, dtype=dtype, temperature=TEMPERATURE)
     want = check_resume(learner, fresh, steps, everything, tmp_path)
     assert learner.updates == 6
-    assert any(name.startswith("exp_avg_sq") for name in want)
+    assert {str(v.dtype) for name, v in want.items() if name.startswith("exp_avg_sq")} == {f"torch.{moments}"}
 
 
 def test_load_refuses_a_plain_model(tiny: Path) -> None:
