@@ -61,6 +61,8 @@ class Cluster:
         Raises ValueError where Ray is asked for and not there, RunFailure where a process dies on the way.
         """
         self.engines = [f"rollout-{i}" for i in range(config.rollout.num_workers)]
+        if not learner:  # then the weights of model_dir are all there is
+            config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
         roles = [*(["learner"] if learner else []), *self.engines, "rewards"]
         dirs = {"model": str(model_dir), "reference": str(reference_dir)}
         self.delta = config.rollout.delta_sync
@@ -70,6 +72,15 @@ class Cluster:
         self.synced: int | None = None  # the version that every engine holds; None: not known yet
         kind = Inline if config.run.cluster == "inline" else Remote
         self.backend: Backend = kind(config, roles, dirs)
+        self.adapter_note = "" if config.model.lora is None else self._send_adapter()
+
+    def _send_adapter(self) -> str:
+        """Settles whether the adapter travels as it is -> a line for the log."""
+        reason = self.backend.call(self.engines[0], "why_merged").result()
+        if reason:
+            return f"adapter: merged into the weights for the engines ({reason})"
+        self.backend.call("learner", "send_adapter").result()
+        return "adapter: pushed to the engines as it is"
 
     def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[Completion]]:
         """Completions of each prompt, in order."""

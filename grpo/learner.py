@@ -62,6 +62,7 @@ class Learner:
             router_aux_loss_coef=config.router_aux_loss_coef,
         )
         self.adapter = None if lora is None else LoraAdapter(model, lora, model_dir, seed)
+        self.sends_adapter = False  # as it is; else merged into the weights
         self.published: AnyModel | MergedModel = model if self.adapter is None else self.adapter.merged
         self.router_policy = config.router_policy if rl else "update"
         self.router_start: torch.Tensor | None = None  # [L_moe, E] tokens per expert in the first step
@@ -196,9 +197,21 @@ class Learner:
         """The policy under published names, ready to travel; carries the policy version.
 
         `since`: a version that every engine holds; where it is the one sent last, only what changed travels.
+        After `send_adapter` these are the base's weights, which never change, and the adapter under PEFT's names.
         """
-        first, *others = self.outbox.pack(published_state(self.published), self.policy_version, since)
+        if self.adapter is None or not self.sends_adapter:
+            state = published_state(self.published)
+        elif since is not None and since == self.outbox.version:
+            state = iter(self.adapter.tensors().items())  # a base of many GB need not be digested to know that
+        else:
+            state = self.adapter.unmerged()
+        first, *others = self.outbox.pack(state, self.policy_version, since)
         return [dataclasses.replace(first, canary=self.canary() if self.canaries else None), *others]
+
+    def send_adapter(self) -> None:
+        """From now on the adapter travels as it is."""
+        assert self.adapter is not None, "model.lora is not set"
+        self.sends_adapter = True
 
     @torch.no_grad()
     def canary(self) -> Canary:

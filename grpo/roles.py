@@ -16,7 +16,7 @@ from grpo.prepare import reward_resources
 from grpo.weight_sync import Bucket, unpack
 from rewards import RewardInput, Score, build_rewards
 from rollout import Completion, build_engine
-from rollout.engine import Checked, Speculating
+from rollout.engine import Adapted, Checked, Speculating
 
 
 class RolloutRole:
@@ -58,6 +58,10 @@ class RolloutRole:
         self.begun = {key: number for key, number in begun.items() if key[1] not in done}
         return done
 
+    def why_merged(self) -> str:
+        """Why the engine has to get an adapter merged into the weights; empty: it takes the adapter as it is."""
+        return self.engine.why_merged if isinstance(self.engine, Adapted) else "only vLLM adds them"
+
     def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, float]:
         """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"},
         and "drafted" and "accepted" tokens since the last time where the engine speculates.
@@ -83,11 +87,12 @@ class RolloutRole:
 
 
 def _engine_options(config: Config) -> dict[str, Any]:
-    rollout = config.rollout
+    rollout, lora = config.rollout, config.model.lora
     if rollout.engine == "vllm":
         return {
             "dtype": config.model.dtype,
             "speculative_tokens": rollout.speculative_tokens,
+            "lora": None if lora is None or rollout.lora == "merged" else lora.model_dump(),
             **rollout.engine_options,
         }
     return {

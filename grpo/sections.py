@@ -186,6 +186,9 @@ class RolloutConfig(Section):
     weight_check: Literal["full", "canary", "off"] = "full"
     """vllm, after each push of weights. full: every tensor as it lies in the engine, and log-probabilities of canary
     prompts; canary: these alone. A mismatch stops the run before a sample is drawn."""
+    lora: Literal["auto", "merged"] = "auto"
+    """How engines get the adapter of model.lora. auto: as it is where vLLM can add it as the learner does, else merged;
+    merged: always as part of the weights. A line at the start says which."""
     speculative_tokens: int = Field(default=0, ge=0)
     """vllm: tokens that the MTP layer drafts at a time and the policy then accepts or rejects; samples keep their
     distribution, and greedy its tokens. Not with top_p, top_k or min_p. 0: off."""

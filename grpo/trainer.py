@@ -22,7 +22,7 @@ from grpo.progress import Progress
 from grpo.report import write_report
 from grpo.stages import warm_start
 from model.family import read_config
-from model.lora import check_lora
+from model.lora import adapter_shapes
 from rewards import RewardFailure
 from rollout import WeightFault
 
@@ -60,11 +60,13 @@ class GRPOTrainer:
         torch.set_num_threads(config.run.threads)
         prepared = prepare(config)
         if config.model.lora is not None:
-            check_lora(read_config(prepared.model_dir), config.model.lora.model_dump())
+            adapter_shapes(read_config(prepared.model_dir), config.model.lora.model_dump())
         checkpoint = last_checkpoint(Path(config.run.output_dir)) if self.resume else None
         run_dir = Path(config.run.output_dir) if self.resume else fresh_run_dir(config)
         start_dir = warm_start(prepared) if config.sft is not None else prepared.model_dir
         with Cluster(config, start_dir, start_dir) as cluster:
+            if cluster.adapter_note:
+                print(cluster.adapter_note, flush=True)
             try:
                 self._loop(prepared, cluster, run_dir, checkpoint)
             except (ValueError, RunFailure, RewardFailure, WeightFault) as err:

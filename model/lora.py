@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint
-from model.family import AnyConfig, AnyModel, empty_model
+from model.family import AnyConfig, AnyModel, empty_model, published_state
 from model.modeling import DeepseekV3PreTrainedModel
 from model.names import from_hf, load_hf_state
 
@@ -70,6 +70,11 @@ class LoraAdapter:
         from peft import get_peft_model_state_dict
 
         return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+
+    def unmerged(self) -> Iterator[tuple[str, Tensor]]:
+        """The base under published names, then the adapter under PEFT's: together what the model computes with."""
+        yield from published_state(MergedModel(self.merged.model, {}))
+        yield from self.tensors().items()
 
     def save(self, directory: str | Path) -> None:
         """Writes `directory/adapter/` in PEFT's format: `PeftModel.from_pretrained(base model, directory/adapter)`."""
@@ -161,10 +166,11 @@ def merged_weight(layer: Any) -> Tensor:
     return base.weight + layer.get_delta_weight("default").to(base.weight.dtype)
 
 
-def check_lora(config: AnyConfig, options: Mapping[str, Any]) -> None:
-    """Raises what LoraAdapter would, without any weights."""
+def adapter_shapes(config: AnyConfig, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """PEFT name -> shape of every tensor of an adapter, without any weights. Raises what LoraAdapter would."""
     with torch.device("meta"):
-        LoraAdapter(empty_model(config), options)
+        tensors = LoraAdapter(empty_model(config), options).tensors()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @contextmanager

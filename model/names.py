@@ -19,6 +19,7 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weigh
 # What released FP8 checkpoints quantise: MLA projections, all gated MLPs; not embedding, head, norms, router, eh_proj.
 FP8_WEIGHT = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
 SCALE_SUFFIX = "_scale_inv"  # X.weight_scale_inv beside X.weight
+PEFT_PREFIX = "base_model.model."  # of an adapter's tensors
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 FUSED = {
     "q_a_proj": "qkv_a",
@@ -84,6 +85,8 @@ def load_unit(hf_name: str) -> str:
 
     Tensors with the same unit must come together; a part of a unit would leave the rest of it undefined.
     """
+    if hf_name.startswith(PEFT_PREFIX):
+        return PEFT_PREFIX  # an adapter
     module = hf_name.rpartition(".")[0]
     if ".experts." in module:
         return module.partition(".experts.")[0] + ".experts"

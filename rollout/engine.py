@@ -71,6 +71,13 @@ class Speculating(Protocol):
         ...
 
 
+@runtime_checkable
+class Adapted(Protocol):
+    """An engine that may sample with an adapter on its weights: tensors under PEFT's names, loaded like the others."""
+
+    why_merged: str  # what keeps it from that; empty: nothing
+
+
 def build_engine(model_or_dir: Any, engine: str = "embedded", **options: Any) -> Engine:
     """An engine over a model (model.family.AnyModel) or a HF directory.
 

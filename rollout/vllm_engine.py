@@ -11,14 +11,16 @@ import importlib.util
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from model.family import empty_model, eos_token_ids, published_state, read_config
+from model.lora import adapter_shapes
 from model.names import load_unit
+from rollout import vllm_lora
 from rollout.draws import sample_seeds
 from rollout.records import Completion, SamplingParams, WeightFault, check_base, check_prompt
 
@@ -46,10 +48,12 @@ class VllmEngine:
         enable_return_routed_experts: bool = False,
         kv_cache_gb: float = 0.0,
         speculative_tokens: int = 0,
+        lora: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """max_model_len 0: the model's. kv_cache_gb 0: a share of the memory on a GPU, 1 on a CPU. speculative_tokens:
-        drafted at a time by the model's MTP layer. `options` go to vllm.LLM as they are.
+        drafted at a time by the model's MTP layer. lora: fields of peft's LoraConfig of an adapter that will be pushed,
+        if that is possible (`why_merged`). `options` go to vllm.LLM as they are.
         """
         LLM = _vllm().LLM
         on_cpu = not _cuda()
@@ -71,6 +75,10 @@ class VllmEngine:
             if not any(".eh_proj." in name for name in self.published):
                 raise ValueError(f"{str(model_dir)!r} has no MTP layer to draft with; set speculative_tokens to 0")
             defaults["speculative_config"] = {"method": "mtp", "num_speculative_tokens": speculative_tokens}
+        self.lora = self._room_for(lora, Path(model_dir), dtype, options)
+        if self.lora is not None:
+            defaults |= vllm_lora.engine_options(self.lora["r"])
+        self.lora_request: Any = None  # once an adapter has been loaded
         try:
             self.llm = LLM(
                 str(model_dir),
@@ -99,6 +107,22 @@ class VllmEngine:
         # what add_request took and step has not returned: how to sample it, and its samples so far
         self.open: dict[int, tuple[SamplingParams, list[Completion | None]]] = {}
         self.rpc("watch", enable_return_routed_experts and on_cpu)
+
+    def _room_for(
+        self, lora: Mapping[str, Any] | None, model_dir: Path, dtype: str, options: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """The adapter, whose tensors then are published ones too; None with `why_merged` where it cannot be had."""
+        self.why_merged = "" if lora is not None else "rollout.lora is merged"
+        if lora is None:
+            return None
+        config = read_config(model_dir)
+        shapes = adapter_shapes(config, lora)
+        names = [*self.published, *shapes]
+        self.why_merged = vllm_lora.why_merged(config, names, lora, dtype, options, on_cpu=not _cuda())
+        if self.why_merged:
+            return None
+        self.published |= shapes
+        return dict(lora)
 
     def rpc(self, method: str, *args: Any) -> Any:
         """Calls a method of the worker extension."""
@@ -134,7 +158,9 @@ class VllmEngine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         for index, own in enumerate(sample_seeds(seed, params.n)):
             wanted = self._params(params, int(own) >> 1)
-            self.engine.add_request(f"{number}.{index}", {"prompt_token_ids": list(prompt)}, wanted)
+            self.engine.add_request(
+                f"{number}.{index}", {"prompt_token_ids": list(prompt)}, wanted, lora_request=self.lora_request
+            )
         return number
 
     def step(self) -> dict[int, list[Completion]]:
@@ -168,14 +194,21 @@ class VllmEngine:
         check_base(self.policy_version, version, base)
         self._check_names(weights, partial=base is not None)
         self.whole = False
-        if weights:
-            self.rpc("load", weights)
+        base, adapter = vllm_lora.apart(weights)
+        if base:
+            self.rpc("load", base)
+        if self.lora is not None and weights:
+            self.rpc("load_adapter", adapter, self.lora)
+            self.lora_request = vllm_lora.request()
         self.llm.reset_prefix_cache()
         self.policy_version, self.whole = version, True
 
     def check_weights(self, weights: Sequence[tuple[str, Any]]) -> None:
         """See rollout.engine.Checked."""
-        found = self.rpc("faults", list(weights))
+        base, adapter = vllm_lora.apart(weights)
+        found = self.rpc("faults", base)
+        if adapter and self.lora is not None:
+            found += self.rpc("adapter_faults", adapter, self.lora["lora_alpha"] / self.lora["r"])
         if found:
             self.whole = False
             raise WeightFault(f"weights of version {self.policy_version} in vLLM: {found[0]}{_more(found)}")
@@ -202,7 +235,8 @@ class VllmEngine:
         from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
 
         wanted = VllmParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], wanted, use_tqdm=False)
+        given = [{"prompt_token_ids": list(p)} for p in prompts]
+        outputs = self.llm.generate(given, wanted, use_tqdm=False, lora_request=self.lora_request)
         return [
             [entry[token].logprob for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])]
             for out in outputs

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 ROWS = 8  # random rows of a probe
 # largest error of a probe, over |row| |weight row|: rounding of the kernel's dtype, and far below one wrong element
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-_FUSED = {
+FUSED = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -41,6 +41,7 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
     modules: Iterable[tuple[str, Any]] = model.named_modules()
     quantized = any(parameter.dtype.itemsize == 1 for parameter in model.parameters())
     for name, module in modules:
+        name = name.removesuffix(".base_layer")  # inside a layer with room for an adapter
         if hasattr(module, "routed_experts"):
             yield from _experts(name, module.routed_experts, pushed)
         elif hasattr(module, "num_embeddings"):
@@ -109,7 +110,7 @@ def _off(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, factor: floa
 
 def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
     stem, _, leaf = name.rpartition(".")
-    names = [f"{stem}.{part}.weight" for part in _FUSED.get(leaf, (leaf,))]
+    names = [f"{stem}.{part}.weight" for part in FUSED.get(leaf, (leaf,))]
     if f"{name}.weight" in pushed:
         names = [f"{name}.weight"]
     if not all(part in pushed for part in names):

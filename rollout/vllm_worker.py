@@ -28,6 +28,7 @@ class WorkerExtension:
         self._support: dict[str, list[float]] = defaultdict(list)
         self._routes: dict[str, list[tuple[int, np.ndarray]]] | None = defaultdict(list) if routes else None
         self._speculated: dict[str, Any] = {"drafted": 0, "accepted": 0}
+        self._adapter: dict[str, torch.Tensor] = {}  # the last one, as vLLM forgets it when base weights are loaded
         self._watch_truncation()
         if routes:
             self._watch_routers()
@@ -59,6 +60,21 @@ class WorkerExtension:
         if draft is not None and drafted:
             self._load_draft(draft, drafted)
         return len(weights)
+
+    def load_adapter(self, weights: list[tuple[str, torch.Tensor]], lora: dict[str, Any]) -> None:
+        """Takes over an adapter under PEFT's names (rollout.vllm_lora); without weights, once more the one it has."""
+        from rollout import vllm_lora
+
+        self._adapter = {name: tensor.clone() for name, tensor in weights} or self._adapter
+        if self._adapter:
+            vllm_lora.load(self.model_runner, self._adapter, lora)
+
+    def adapter_faults(self, weights: list[tuple[str, torch.Tensor]], scaling: float, limit: int = 8) -> list[str]:
+        """The first `limit` lines of rollout.vllm_lora.faults for what was pushed."""
+        from rollout import vllm_lora
+
+        with torch.inference_mode():
+            return vllm_lora.faults(self.model_runner, dict(weights), scaling)[:limit]
 
     def _repack_tied_head(self) -> None:
         """A tied head gets no tensor of its own, so the copy that its kernel packed on a CPU would stay as it was."""

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from model import DeepseekV3ForCausalLM
 from model.checkpoint import save_model
-from model.lora import LoraAdapter, check_lora
+from model.lora import LoraAdapter, adapter_shapes
 
 peft = pytest.importorskip("peft")
 MakeModel = Callable[..., DeepseekV3ForCausalLM]
@@ -181,7 +181,7 @@ def test_gradients_follow_from_those_of_the_merged_weights(make_model: MakeModel
 )  # fmt: skip
 def test_targets_that_cannot_be(targets: dict[str, Any], message: str, make_model: MakeModel) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        check_lora(make_model(num_nextn_predict_layers=1).config, OPTIONS | targets)
+        adapter_shapes(make_model(num_nextn_predict_layers=1).config, OPTIONS | targets)
     assert "\n" not in str(error.value)
 
 
@@ -199,4 +199,4 @@ def test_peft_takes_mlp_modules_for_the_routed_experts(make_model: MakeModel) ->
 def test_without_peft_one_line_names_the_extra(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"peft is not installed; pip install 'grpo-v3\[lora\]'"):
-        check_lora(make_model().config, OPTIONS)
+        adapter_shapes(make_model().config, OPTIONS)
