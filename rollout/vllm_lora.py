@@ -1,6 +1,6 @@
 """An adapter in vLLM as an adapter: whether it can be one, how its tensors get into the engine, and the proof of it.
 
-    (PEFT name, tensor) --load--> lora_a_stacked, lora_b_stacked [slots, 1, ...] of each layer <--faults-- the same pairs
+    (PEFT name, tensor) --load--> lora_a_stacked, lora_b_stacked [slots, 1, ...] of each layer <--faults-- what was sent
 
 vLLM lays q, k and v (gate and up) of a layer side by side, fills ranks up with zeros and multiplies B by
 lora_alpha / r. The engine has one adapter, in one slot, and every request names it.
@@ -39,8 +39,8 @@ def why_merged(
     for key, value in _ALONE.items():
         if options.get(key, value) != value:
             return f"with rollout.engine_options.{key} the engine holds other tensors than the learner"
-    if on_cpu and dtype != "float32" or not on_cpu and dtype == "float32":
-        return f"vLLM's kernels for adapters are not used in {dtype} on this device"
+    if dtype == "float32" and not on_cpu:
+        return "vLLM's kernels for adapters take no float32 on a GPU"
     if dtype != "float32" and (lora.get("target_parameters") or not lora.get("target_modules")):
         return f"in {dtype} the learner multiplies by merged matrices; only what target_modules names it adds, as vLLM"
     if not _rank(lora["r"]):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from grpo.config import GRPOConfig
 from grpo.learner import Learner
@@ -144,7 +145,10 @@ def test_bad_prompts_are_named(engine: Any, prompt: list[int], max_tokens: int, 
 
 
 def test_after_every_push_the_engine_is_a_fresh_one(engine: Any, policy: Any, tmp_path: Path) -> None:
-    """Greedy tokens and log-probabilities exactly. Fresh engines are kept: dropping one tears down the others."""
+    """Greedy tokens and log-probabilities exactly; those of transformers to 1e-4.
+
+    Fresh engines are kept: dropping one tears down the others.
+    """
     model = policy
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for push in range(1, 21):
@@ -152,17 +156,29 @@ def test_after_every_push_the_engine_is_a_fresh_one(engine: Any, policy: Any, tm
         weights = pairs(model)
         engine.load_weights(weights, push)
         engine.check_weights(weights)
-        if push % 5 == 0:
-            model.save_pretrained(tmp_path / str(push))
-            fresh = build_engine(tmp_path / str(push), "vllm", **OPTIONS)
-            KEPT.append(fresh)
-            assert [(c.token_ids, c.logprobs) for c in drawn(engine)] == [
-                (c.token_ids, c.logprobs) for c in drawn(fresh)
-            ], push
-        assert {c.policy_version for c in drawn(engine)} == {push}
+        model.save_pretrained(tmp_path / str(push))
+        KEPT.append(build_engine(tmp_path / str(push), "vllm", **OPTIONS))
+        got = drawn(engine)
+        assert {c.policy_version for c in got} == {push}
+        assert [(c.token_ids, c.logprobs) for c in got] == [(c.token_ids, c.logprobs) for c in drawn(KEPT[-1])], push
+        greedy_by_transformers(tmp_path / str(push), got)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(before[name])
+
+
+def greedy_by_transformers(directory: Path, completions: list[Any]) -> None:
+    """Each token is the likeliest after those before it, and its log-probability is the same to 1e-4."""
+    model = transformers.DeepseekV3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    rows = [torch.tensor([*prompt, *c.token_ids]) for prompt, c in zip(PROMPTS, completions, strict=True)]
+    with torch.no_grad():  # what pads a row on the right comes after all that counts
+        logprobs = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)).logits.log_softmax(-1)
+    for row, (prompt, completion) in zip(logprobs, zip(PROMPTS, completions)):
+        own = row[len(prompt) - 1 : len(prompt) - 1 + len(completion.token_ids)]
+        np.testing.assert_allclose(
+            completion.logprobs, own.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0], atol=1e-4
+        )
+        np.testing.assert_allclose(completion.logprobs, own.amax(1), atol=1e-4)
 
 
 KEPT: list[Any] = []
