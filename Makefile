@@ -93,7 +93,7 @@ test-vllm: .venv-vllm/.done  ## the tests with real vLLM (on a CPU), in an envir
 # CUDA where pip finds no others; they break `import vllm` on a CPU, and text models need neither.
 .venv-vllm/.done: pyproject.toml constraints.txt
 	@echo "setting up .venv-vllm"
-	@$(call environment,.venv-vllm,-e '.[ray$(comma)tasks$(comma)dev$(comma)$(VLLM)]')
+	@$(call environment,.venv-vllm,-e '.[ray$(comma)lora$(comma)tasks$(comma)dev$(comma)$(VLLM)]')
 	@[ $(VLLM) = vllm ] || .venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
 	@touch $@
 

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) by peft: adapters W + (lora_alpha / r) B A on the matrices of a model's decoder layers.
 
-Invariant: base weights never change. Merged weights, which checkpoints and engines get, are made one tensor at a time
-and given away; nothing is merged in place, so nothing has to be taken out again.
+Invariant: base weights never change. Merged weights, which checkpoints and most engines get, are made one tensor at a
+time and given away; nothing is merged in place, so nothing has to be taken out again.
 
 By default matrices are targeted as parameters (peft's `target_parameters`; stacked experts cannot be otherwise). The
 forward pass then multiplies by the merged matrix, rounded to the model's dtype: bit for bit what an engine gets. A

@@ -194,12 +194,12 @@ class VllmEngine:
         check_base(self.policy_version, version, base)
         self._check_names(weights, partial=base is not None)
         self.whole = False
-        base, adapter = vllm_lora.apart(weights)
-        if base:
-            self.rpc("load", base)
-        if self.lora is not None and weights:
+        _, adapter = vllm_lora.apart(weights)
+        if adapter:  # on the base that vLLM has read: check_weights says whether it is the learner's
             self.rpc("load_adapter", adapter, self.lora)
             self.lora_request = vllm_lora.request()
+        elif weights:
+            self.rpc("load", weights)
         self.llm.reset_prefix_cache()
         self.policy_version, self.whole = version, True
 
@@ -207,7 +207,7 @@ class VllmEngine:
         """See rollout.engine.Checked."""
         base, adapter = vllm_lora.apart(weights)
         found = self.rpc("faults", base)
-        if adapter and self.lora is not None:
+        if self.lora is not None and adapter:
             found += self.rpc("adapter_faults", adapter, self.lora["lora_alpha"] / self.lora["r"])
         if found:
             self.whole = False

@@ -3,7 +3,8 @@
     (PEFT name, tensor) --load--> lora_a_stacked, lora_b_stacked [slots, 1, ...] of each layer <--faults-- what was sent
 
 vLLM lays q, k and v (gate and up) of a layer side by side, fills ranks up with zeros and multiplies B by
-lora_alpha / r. The engine has one adapter, in one slot, and every request names it.
+lora_alpha / r. The engine has one adapter, in one slot, and every request names it. Base weights are not loaded a
+second time (before 0.32 vLLM cannot, under layers with room for an adapter): they are checked as it has read them.
 """
 
 from __future__ import annotations

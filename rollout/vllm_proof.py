@@ -41,7 +41,9 @@ def _checks(model: torch.nn.Module, pushed: Pushed) -> Iterator[Check]:
     modules: Iterable[tuple[str, Any]] = model.named_modules()
     quantized = any(parameter.dtype.itemsize == 1 for parameter in model.parameters())
     for name, module in modules:
-        name = name.removesuffix(".base_layer")  # inside a layer with room for an adapter
+        name = name.removesuffix(".base_layer")  # of a layer with room for an adapter
+        if hasattr(module, "lora_a_stacked"):
+            continue  # the layer in it comes by itself
         if hasattr(module, "routed_experts"):
             yield from _experts(name, module.routed_experts, pushed)
         elif hasattr(module, "num_embeddings"):

@@ -28,7 +28,6 @@ class WorkerExtension:
         self._support: dict[str, list[float]] = defaultdict(list)
         self._routes: dict[str, list[tuple[int, np.ndarray]]] | None = defaultdict(list) if routes else None
         self._speculated: dict[str, Any] = {"drafted": 0, "accepted": 0}
-        self._adapter: dict[str, torch.Tensor] = {}  # the last one, as vLLM forgets it when base weights are loaded
         self._watch_truncation()
         if routes:
             self._watch_routers()
@@ -62,12 +61,10 @@ class WorkerExtension:
         return len(weights)
 
     def load_adapter(self, weights: list[tuple[str, torch.Tensor]], lora: dict[str, Any]) -> None:
-        """Takes over an adapter under PEFT's names (rollout.vllm_lora); without weights, once more the one it has."""
+        """Takes over an adapter under PEFT's names in place of the one before."""
         from rollout import vllm_lora
 
-        self._adapter = {name: tensor.clone() for name, tensor in weights} or self._adapter
-        if self._adapter:
-            vllm_lora.load(self.model_runner, self._adapter, lora)
+        vllm_lora.load(self.model_runner, dict(weights), lora)
 
     def adapter_faults(self, weights: list[tuple[str, torch.Tensor]], scaling: float, limit: int = 8) -> list[str]:
         """The first `limit` lines of rollout.vllm_lora.faults for what was pushed."""

@@ -25,6 +25,7 @@ from grpo.records import PackedBatch, TrainingSample
 from grpo.weight_sync import unpack
 from model import SequenceLayout
 from model.create import build_tokenizer
+from model.names import load_unit
 from rollout import SamplingParams, build_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -304,3 +305,22 @@ def test_a_warm_start_by_sft(make: Make, tmp_path: Path) -> None:
     losses = [row["loss"] for row in rows(stage)]
     assert losses[-1] < 0.5 * losses[0]
     assert rows(stage)[-1]["sampled_accuracy"] >= 0
+
+
+def test_an_adapter_travels_as_it_is_once_that_is_settled(make: Make) -> None:
+    """First the untouched base under published names and the adapter under PEFT's; then the adapter alone, whole."""
+    pytest.importorskip("peft")
+    directory = make("qwen2")
+    learner = Learner(directory, GRPOConfig(learning_rate=1e-2), lora={"r": 2, "lora_alpha": 4})
+    learner.send_adapter()
+    base, adapter = load_file(directory / "model.safetensors"), learner.adapter.tensors()  # type: ignore[union-attr]
+    learner.step([batches()])
+    everything = dict(unpack(learner.weights()))
+    assert everything.keys() == base.keys() | adapter.keys()
+    assert all(torch.equal(everything[name], tensor) for name, tensor in (base | adapter).items())
+    learner.step([batches()])
+    changes = learner.weights(since=1)
+    assert {bucket.base for bucket in changes} == {1}
+    assert dict(unpack(changes)).keys() == adapter.keys()
+    assert len({load_unit(name) for name in adapter}) == 1
+    assert dict(unpack(learner.weights(since=1))).keys() == everything.keys()  # 2 was sent last

@@ -304,7 +304,7 @@ def test_canaries_hold_the_engine_against_the_learner(engine: Any, directory: Pa
 
 
 def test_rope_that_vllm_computes_wrong_in_eager_mode_is_found(directory: Path) -> None:
-    from vllm.model_executor.layers import rotary_embedding
+    from vllm.model_executor.layers import rotary_embedding  # pyright: ignore[reportMissingImports]
 
     rotary_embedding._ROPE_DICT.clear()  # it keeps layers of earlier engines, built with the right settings
     canary = Learner(directory, GRPOConfig(), canaries=True).canary()

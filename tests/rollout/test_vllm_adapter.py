@@ -22,6 +22,7 @@ from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.records import TrainingSample
 from grpo.roles import RolloutRole, learner_role
+from grpo.weight_sync import unpack
 from model import DeepseekV3Config
 from model.create import build_tokenizer
 from model.family import read_config
@@ -121,7 +122,7 @@ def the_adapter_is_what_the_engine_computes_with(pair: Pair, directory: Path, ou
     KEPT.append(revived)
     revived.load_weights(pair.learner.weights(), pair.learner.policy_version)
     assert drawn(revived.engine) == got
-    pair.push()  # the base's weights are loaded again, and the adapter stays on
+    pair.push()  # everything once more
     assert pair.drawn() == got
 
 
@@ -159,23 +160,37 @@ def swapped(weights: Tensors) -> Tensors:
             lambda w, lora: ([p for p in w if ".1.mlp.up_proj" not in p[0]], lora),
             f"{PEFT_PREFIX}model.layers.1.mlp.up_proj.lora_A.weight differs",
         ),
-        (lambda w, lora: ([], lora), f"{A.format(0, 'q_proj')} differs from what was pushed"),  # the one before
+        (None, f"{A.format(0, 'q_proj')} differs from what was pushed"),  # the one before stays
     ],
 )
 def test_an_adapter_that_went_wrong_in_the_engine_is_named(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any], message: str
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any] | None, message: str
 ) -> None:
     engine: Any = pair.role.engine
     rpc = engine.rpc
-    monkeypatch.setattr(
-        engine, "rpc", lambda method, *args: rpc(method, *(fault(*args) if method == "load_adapter" else args))
-    )
+
+    def faulty(method: str, *args: Any) -> Any:
+        if method != "load_adapter":
+            return rpc(method, *args)
+        return rpc(method, *fault(*args)) if fault else None
+
+    monkeypatch.setattr(engine, "rpc", faulty)
     with pytest.raises(WeightFault) as caught:
         pair.step()
     assert message in str(caught.value)
     with pytest.raises(ValueError, match="load a whole version"):
         pair.drawn()
     monkeypatch.undo()
+    pair.push()
+
+
+def test_another_base_than_the_learners_is_named(pair: Pair) -> None:
+    engine: Any = pair.role.engine
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = [(n, t + 0.01 if n == name else t) for n, t in unpack(pair.learner.weights())]
+    engine.load_weights(weights, pair.learner.policy_version)
+    with pytest.raises(WeightFault, match=f"in vLLM: {name} computes something else"):
+        engine.check_weights(weights)
     pair.push()
 
 
