@@ -32,7 +32,6 @@ from rollout.vllm_lora import why_merged
 from tests.rollout.conftest import VLLM_TINY
 from tests.rollout.test_vllm_auto import GREEDY, KEPT, PROMPTS, saved
 
-pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="`make test-vllm` has vLLM"),
