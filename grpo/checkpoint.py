@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo.cluster import Cluster
+from grpo.partial import Rollouts
 
 
-def save_checkpoint(run_dir: Path, step: int, cluster: Cluster, state: dict[str, Any], tokenizer: Any) -> Path:
-    """Writes the checkpoint of a step: weights, optimiser, tokenizer, and `state` of the loop (JSON)."""
+def save_checkpoint(
+    run_dir: Path, step: int, cluster: Cluster, state: dict[str, Any], tokenizer: Any, rollouts: Rollouts | None = None
+) -> Path:
+    """Writes the checkpoint of a step: weights, optimiser, tokenizer, `state` of the loop (JSON), unfinished samples."""
     final = run_dir / "checkpoints" / f"step_{step}"
     partial = final.with_name(f".partial_step_{step}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -25,6 +28,8 @@ def save_checkpoint(run_dir: Path, step: int, cluster: Cluster, state: dict[str,
     cluster.save(str(partial.resolve()))
     tokenizer.save_pretrained(partial)
     (partial / "train_state" / "loop.json").write_text(json.dumps({"step": step, **state}))
+    if rollouts is not None and rollouts.left:
+        rollouts.save(partial / "train_state" / "unfinished.npz")
     _flush(partial)
     shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier step
     os.replace(partial, final)

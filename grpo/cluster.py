@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from grpo.config import Config
-from grpo.dispatch import dispatch, room_for
+from grpo.dispatch import Request, collect, dispatch, room_for
 from grpo.prepare import model_spec
 from grpo.records import PackedBatch, StepStats
 from grpo.roles import build_role
@@ -93,6 +93,23 @@ class Cluster:
             self.backend.first,
             room_for(requests, self.max_num_seqs) if self.fluid else None,
         )
+
+    def collect(
+        self, requests: Sequence[Request], begun: Sequence[Sequence[Completion]], enough: int
+    ) -> list[list[Completion]]:
+        """Samples of each request, going on from `begun`: `enough` requests are complete, others as far as they got."""
+        return collect(
+            requests,
+            begun,
+            self.engines,
+            lambda engine, *work: self.backend.call(engine, "collect", *work),
+            enough,
+        )
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the engines hold."""
+        return self.synced or 0
 
     def score(self, inputs: Sequence[RewardInput]) -> list[Score]:
         return self.backend.call("rewards", "score", inputs).result()

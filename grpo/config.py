@@ -100,6 +100,11 @@ class Config(Section):
                 f"rollout.speculative_tokens {drafts} does not go with top_p, top_k or min_p: vLLM does not tell what "
                 "mass they kept of an accepted draft; leave them at their defaults"
             )
+        if rollout.over_sampling_batch_size and rollout.over_sampling_batch_size < self.grpo.prompts_per_step:
+            raise ValueError(
+                f"rollout.over_sampling_batch_size {rollout.over_sampling_batch_size} is less than "
+                f"grpo.prompts_per_step {self.grpo.prompts_per_step}, which a step needs; raise it, or 0 turns it off"
+            )
         if self.run.eval_reward and self.run.eval_reward not in self.rewards:
             raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
         return self

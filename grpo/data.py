@@ -128,6 +128,13 @@ class PromptCursor:
         self._position += n
         return taken
 
+    def prompt(self, prompt_id: str, visit: int) -> Prompt:
+        """One that was handed out before. Raises ValueError if there is none of that id."""
+        for prompt in self._prompts:
+            if prompt.id == prompt_id:
+                return dataclasses.replace(prompt, visit=visit)
+        raise ValueError(f"the checkpoint has unfinished samples of the prompt {prompt_id!r}; restore the data")
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON."""
         return {"position": self._position, "num_prompts": len(self._prompts), "digest": self._digest()}

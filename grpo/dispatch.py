@@ -71,6 +71,33 @@ def dispatch(
     return [answers[index] for index in range(len(requests))]
 
 
+def collect(
+    requests: Sequence[Request],
+    begun: Sequence[Sequence[Completion]],
+    engines: Sequence[str],
+    send: Callable[[str, Held, dict[int, Sequence[Completion]], int], A],
+    enough: int,
+) -> list[list[Completion]]:
+    """The samples of each request, in order: of at least `enough` requests complete, of the others as far as they got.
+
+    `begun`: what there is of each already. send(engine, held, begun, enough) asks an engine for so many complete groups
+    of `held`. Each engine gets its share of the requests, in order, and of `enough`, so nothing depends on who is fast:
+    the answer is the same in one process, on Ray, and after an engine died in it.
+    """
+    held: dict[str, Held] = {engine: {} for engine in engines}
+    hand_out(deque(range(len(requests))), requests, held, None)
+    calls, seen = [], 0
+    for engine, work in held.items():
+        share = enough * (seen + len(work)) // max(len(requests), 1) - enough * seen // max(len(requests), 1)
+        seen += len(work)
+        if work:
+            calls.append(send(engine, work, {index: begun[index] for index in work}, share))
+    answers: dict[int, list[Completion]] = {}
+    for call in calls:
+        answers |= call.result()
+    return [answers[index] for index in range(len(requests))]
+
+
 def hand_out(waiting: deque[int], requests: Sequence[Request], held: dict[str, Held], room: int | None) -> None:
     """Moves work from `waiting` to the engines of `held`, each time to the one that has least, while there is room.
 

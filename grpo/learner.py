@@ -310,7 +310,7 @@ def _combine(updates: Sequence[Stats], total: Stats) -> dict[str, float]:
         "clip_ratio/region_mean": low + high,
         # against the rollout's numbers the first update alone counts: later ones have moved on
         "sampling/sampling_logp_difference/mean": float(updates[0]["sum/logp_difference"])
-        / max(float(updates[0]["sum/rows"]), 1.0),
+        / max(float(updates[0]["sum/current"]), 1.0),
         "sampling/sampling_logp_difference/max": float(updates[0]["max/logp_difference"]),
     }
     if "sum/routed" in stats:

@@ -61,7 +61,7 @@ class RunLog:
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes scored samples. Keys: step, prompt_id, prompt, sample, completion, scores {name: value or None},
-        reward, status, advantage, policy_version, finish_reason, length."""
+        reward, status, advantage, policy_version, policy_versions [[version, tokens], ...], finish_reason, length."""
         self._files[SAMPLES].write(b"".join(_line(_plain(row)) for row in rows))
 
     def close(self) -> None:

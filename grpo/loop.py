@@ -20,9 +20,9 @@ from typing import Any
 from grpo.alarms import Alarms
 from grpo.cluster import Cluster
 from grpo.config import Config
-from grpo.data import PromptCursor
 from grpo.evaluate import accuracy
 from grpo.log import RunLog
+from grpo.partial import Rollouts
 from grpo.progress import Progress
 from grpo.records import Group, Prompt
 from grpo.router import rollout_counts
@@ -32,7 +32,6 @@ from grpo.steps import (
     pack_step,
     reward_inputs,
     sample_rows,
-    sampling_params,
     step_metrics,
     with_advantages,
 )
@@ -45,7 +44,7 @@ class Run:
 
     config: Config
     cluster: Cluster
-    cursor: PromptCursor
+    rollouts: Rollouts
     held_out: Sequence[Prompt]
     tokenizer: Any
     log: RunLog
@@ -63,11 +62,8 @@ def run_loop(run: Run, first_step: int) -> None:
     for step in range(first_step, config.grpo.max_steps + 1):
         clock, groups, sampled = Clock(), [], []
         for _ in range(1 + (config.grpo.max_refills if config.grpo.dynamic_sampling else 0)):
-            prompts = run.cursor.take(config.grpo.prompts_per_step - len(groups))
             with clock("rollout"):
-                completions = cluster.sample(
-                    [p.token_ids for p in prompts], [sampling_params(config, p) for p in prompts]
-                )
+                prompts, completions = run.rollouts.sample(config.grpo.prompts_per_step - len(groups))
             with clock("rewards"):
                 inputs = reward_inputs(prompts, completions, run.tokenizer)
                 scores = cluster.score(inputs)
@@ -77,13 +73,15 @@ def run_loop(run: Run, first_step: int) -> None:
             if len(groups) == config.grpo.prompts_per_step:
                 break
         groups = with_advantages(groups or sampled, config)
-        minibatches = pack_step(groups, config)
+        minibatches = pack_step(groups, config, cluster.version)
+        staleness = run.rollouts.metrics(groups)
         counts = rollout_counts(sampled) if config.grpo.router_policy == "rollout" else None
         with clock("learner"):
             stats = cluster.learn(minibatches, counts)
         with clock("sync"):
             synced = cluster.sync_weights(stats.policy_version)
         metrics = {"policy_version": stats.policy_version, **step_metrics(groups, sampled), **stats.metrics, **synced}
+        metrics |= staleness
         metrics |= clock.metrics() | evaluate(run, step)
         log_step(run, step, metrics, groups)
         if step == config.grpo.max_steps or (config.run.save_steps and step % config.run.save_steps == 0):

@@ -72,6 +72,13 @@ def policy_loss(
     active = batch.weights > 0  # [R]
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     mismatch = (old - batch.rollout_logprobs).abs()
+    current = len(mismatch)
+    if batch.stale is not None:
+        # between policies of different versions the difference is no fault of the machinery
+        mismatch, current = torch.where(batch.stale, 0.0, mismatch), int((~batch.stale).sum())
+        if options.importance_sampling_correction == "none":
+            # the ratio starts from the policy that sampled; a correction leads from there to `old`, and does without
+            old = torch.where(batch.stale, batch.rollout_logprobs, old)
 
     def of_active(values: torch.Tensor) -> torch.Tensor:
         # a token with weight 0 (masked, unscored) must not matter, even where its numbers are not finite; masked here,
@@ -105,9 +112,10 @@ def policy_loss(
         "sum/tokens": active.sum(),
         "sum/clip_low": (clipped_low & active).sum(),
         "sum/clip_high": (clipped_high & active).sum(),
-        # over all tokens: the difference is a property of the machinery, not of the samples that count
+        # over all current tokens: the difference is a property of the machinery, not of the samples that count
         "sum/logp_difference": mismatch.sum(),
         "max/logp_difference": mismatch.max() if len(old) else old.new_zeros(()),
+        "sum/current": torch.tensor(current),
         "sum/rows": torch.tensor(len(logprobs)),
     }
     if correction is not None:

@@ -101,5 +101,11 @@ def _assemble(groups: Sequence[Sequence[TrainingSample]]) -> PackedBatch:
         rollout_logprobs=tokens("rollout_logprobs"),
         log_support=tokens("log_support"),
         routed_experts=torch.from_numpy(np.concatenate(routes).astype(np.int64)) if replay else None,
+        stale=_stale(samples) if any(s.stale for s in samples) else None,
         num_samples=len(samples),
     )
+
+
+def _stale(samples: Sequence[TrainingSample]) -> torch.Tensor:
+    """[R] bool."""
+    return torch.from_numpy(np.concatenate([np.arange(len(s.completion_ids)) < s.stale for s in samples]))

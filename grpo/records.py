@@ -64,6 +64,7 @@ class TrainingSample:
     rollout_logprobs: tuple[float, ...] = ()  # one for each completion token, or none
     log_support: tuple[float, ...] = ()
     routed_experts: np.ndarray | None = None  # [prompt + completion - 1, MoE layers, K]
+    stale: int = 0  # completion tokens, the first ones, that older weights than the current ones sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class PackedBatch:
     old_logprobs: torch.Tensor | None = None  # [R] float32; None: the current ones (one update per rollout)
     ref_logprobs: torch.Tensor | None = None  # [R] float32; None: no KL term
     routed_experts: torch.Tensor | None = None  # [T, MoE layers, K] int64; None: the model routes by itself
+    stale: torch.Tensor | None = None  # [R] bool, sampled by older weights; None: no token was
     num_samples: int = 0
 
 

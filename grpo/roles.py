@@ -62,6 +62,22 @@ class RolloutRole:
         """Why the engine has to get an adapter merged into the weights; empty: it takes the adapter as it is."""
         return self.engine.why_merged if isinstance(self.engine, Adapted) else "only vLLM adds them"
 
+    def collect(self, held: Held, begun: dict[int, Sequence[Completion]], enough: int) -> dict[int, list[Completion]]:
+        """Samples `held`, each going on from `begun`, until `enough` groups are complete -> all of them, the others as
+        far as they got. Nothing of them stays here.
+        """
+        self.engine.abort()  # a batch that was given up
+        self.begun = {}
+        done: dict[int, list[Completion]] = {}
+        try:
+            places = {self.engine.add_request(*request, begun[index]): index for index, request in held.items()}
+            while len(done) < min(enough, len(held)):
+                done |= {places[number]: group for number, group in self.engine.step().items()}
+        except BaseException:
+            self.engine.abort()
+            raise
+        return done | {places[number]: group for number, group in self.engine.abort().items()}
+
     def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, float]:
         """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"},
         and "drafted" and "accepted" tokens since the last time where the engine speculates.

@@ -198,6 +198,10 @@ class RolloutConfig(Section):
     num_workers: int = Field(default=1, ge=1)
     """Engines. Groups stay together and go to the engine with the fewest outstanding tokens; with vllm or `exact` an
     engine gets as much as it decodes at a time, and more as soon as it has room."""
+    over_sampling_batch_size: int = Field(default=0, ge=0)
+    """Prompts under way at a time. Above grpo.prompts_per_step (partial rollouts; the name is slime's) a step ends as
+    soon as it has prompts_per_step whole groups; the others are stopped and go first in the next step, on from their
+    tokens under the new weights. 0: every step waits for all of its samples."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; the learner's log-probabilities use the same."""
     top_p: float = Field(default=1.0, gt=0, le=1)

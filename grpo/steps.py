@@ -124,14 +124,17 @@ def with_advantages(groups: Sequence[Group], config: Config) -> list[Group]:
     ]
 
 
-def pack_step(groups: Sequence[Group], config: Config) -> list[list[PackedBatch]]:
-    """Mini-batches (one optimiser update each, by prompts) of packed micro-batches, with the update's normalisers."""
+def pack_step(groups: Sequence[Group], config: Config, version: int = 0) -> list[list[PackedBatch]]:
+    """Mini-batches (one optimiser update each, by prompts) of packed micro-batches, with the update's normalisers.
+
+    version: of the current weights; tokens of older ones are marked.
+    """
     count = min(config.grpo.minibatches_per_step, len(groups))
     shares = np.array_split(np.arange(len(groups)), count)
-    return [_pack_update([groups[i] for i in share], config) for share in shares]
+    return [_pack_update([groups[i] for i in share], config, version) for share in shares]
 
 
-def _pack_update(groups: Sequence[Group], config: Config) -> list[PackedBatch]:
+def _pack_update(groups: Sequence[Group], config: Config, version: int) -> list[PackedBatch]:
     samples = [sample for group in groups for sample in group.samples]
     masked = config.grpo.mask_truncated_completions
     active = np.array(
@@ -151,6 +154,7 @@ def _pack_update(groups: Sequence[Group], config: Config) -> list[PackedBatch]:
                     rollout_logprobs=sample.completion.logprobs,
                     log_support=sample.completion.log_support,
                     routed_experts=sample.completion.routed_experts if replay else None,
+                    stale=sample.completion.older_than(version),
                 )
                 for sample in group.samples
             ]
@@ -199,6 +203,7 @@ def sample_rows(step: int, groups: Sequence[Group], limit: int) -> list[dict[str
             "status": s.score.status.value,
             "advantage": s.advantage,
             "policy_version": s.policy_version,
+            "policy_versions": [list(run) for run in s.completion.policy_versions],
             "finish_reason": s.completion.finish_reason,
             "length": len(s.completion.token_ids),
         }

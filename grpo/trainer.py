@@ -17,6 +17,7 @@ from grpo.config import Config
 from grpo.data import PromptCursor
 from grpo.log import RunLog, load_metrics
 from grpo.loop import Run, run_loop
+from grpo.partial import Rollouts
 from grpo.prepare import Prepared, fresh_run_dir, prepare, run_config
 from grpo.progress import Progress
 from grpo.report import write_report
@@ -81,10 +82,12 @@ class GRPOTrainer:
     ) -> None:
         config, step = self.config, None
         cursor = PromptCursor(prepared.prompts, config.run.seed, config.data.shuffle)
+        rollouts = Rollouts(config, cluster, cursor)
         if checkpoint is not None:
             path, state = checkpoint
             step = int(state["step"])
             cursor.load_state(state["cursor"])
+            rollouts.load(path / "train_state" / "unfinished.npz")
             cluster.load(str(path.resolve()))
             print(f"going on after step {step} with {path}", flush=True)
         elif self.resume:
@@ -93,12 +96,12 @@ class GRPOTrainer:
             cluster.sync_weights(0)  # an engine that starts out wrong is found before the first sample
 
         def save(at: int) -> None:
-            save_checkpoint(run_dir, at, cluster, {"cursor": cursor.state()}, prepared.tokenizer)
+            save_checkpoint(run_dir, at, cluster, {"cursor": cursor.state()}, prepared.tokenizer, rollouts)
 
         with (
             RunLog(run_dir, resume_step=step) as log,
             Progress(config.grpo.max_steps, start=step or 0) as progress,
         ):
             alarms = Alarms(config.run.alarms)
-            run = Run(config, cluster, cursor, prepared.held_out, prepared.tokenizer, log, progress, alarms, save)
+            run = Run(config, cluster, rollouts, prepared.held_out, prepared.tokenizer, log, progress, alarms, save)
             run_loop(run, first_step=0 if step is None else step + 1)

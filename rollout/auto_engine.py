@@ -1,6 +1,6 @@
 """A plain engine over any causal language model of transformers: for tests and runs without vLLM, right before fast.
 
-    requests of one prompt length --prefill--> rows of a KV cache --decode, a token of each at a time--> completions
+    samples of one length --prefill--> rows of a KV cache --decode, a token of each at a time--> completions
 
 Rows are never padded, so nothing has to be masked, whatever mixes an architecture's tokens. Draws are those of the
 embedded engine: a function of (seed, sample, position).
@@ -12,7 +12,6 @@ import inspect
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from model.auto import end_tokens, load_published, published
 from rollout.draws import sample_seeds, uniform
 from rollout.paged.sampler import SamplingRows, sample
-from rollout.records import Completion, SamplingParams, check_base, check_prompt
+from rollout.records import Completion, SamplingParams, begun_samples, check_base, check_prompt, complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Row:
-    place: tuple[int, int]  # prompt, sample
-    prompt: list[int]
+    place: tuple[int, int]  # request, sample
+    prompt: list[int]  # and what the sample had begun
     params: SamplingParams
-    draws: np.ndarray  # [max_tokens] float64
+    draws: np.ndarray  # [max_tokens - tokens begun] float64
+    begun: Completion
     drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token, logprob, log_support
 
 
@@ -54,25 +54,53 @@ class AutoEngine:
         known = inspect.signature(self.model.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"  # the latter before transformers 5.2x
         self.policy_version = 0
-        self.queued: dict[int, tuple[Sequence[int], SamplingParams]] = {}
         self._next_id = 0
+        self._reset()
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
+    def _reset(self) -> None:
+        self.open: dict[int, list[Completion]] = {}  # requests that step has not returned: their samples so far
+        self.waiting: list[_Row] = []
+        self.running: list[_Row] = []
+        self.decoding: Iterator[list[tuple[_Row, str]]] = iter(())
+
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, begun: Sequence[Completion] = ()) -> int:
         """See Engine."""
         check_prompt("the prompt", prompt, params, self.vocab_size, self.max_model_len)
-        self.queued[self._next_id] = prompt, params
-        self._next_id += 1
-        return self._next_id - 1
+        number, self._next_id = self._next_id, self._next_id + 1
+        self.open[number] = begun_samples(begun, params)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        for index, (own, sample) in enumerate(zip(sample_seeds(seed, params.n), self.open[number])):
+            if sample.finish_reason == "abort":
+                positions = np.arange(len(sample.token_ids), params.max_tokens)
+                draws = uniform(own.repeat(len(positions)), positions)
+                self.waiting.append(_Row((number, index), [*prompt, *sample.token_ids], params, draws, sample))
+        return number
 
+    @torch.inference_mode()
     def step(self) -> dict[int, list[Completion]]:
-        """Samples everything that is queued."""
-        queued, self.queued = self.queued, {}
-        prompts, params = zip(*queued.values())
-        return dict(zip(queued, self.generate(prompts, params)))
+        """See Engine. Rows of one length at a time, the shortest first."""
+        if not self.running:
+            self.waiting.sort(key=lambda row: len(row.prompt))  # stable: the samples of a prompt stay together
+            length = len(self.waiting[0].prompt)
+            self.running = [row for row in self.waiting[: self.batch] if len(row.prompt) == length]
+            del self.waiting[: len(self.running)]
+            self.decoding = self._decode(self.running)
+        done: dict[int, list[Completion]] = {}
+        for row, reason in next(self.decoding):
+            number, index = row.place
+            self.open[number][index] = self._completion(row, reason)
+            if complete(self.open[number]):
+                done[number] = self.open.pop(number)
+        return done
 
-    def abort(self) -> None:
+    def abort(self) -> dict[int, list[Completion]]:
         """See Engine."""
-        self.queued = {}
+        for row in self.running:
+            if row.drawn:
+                self.open[row.place[0]][row.place[1]] = self._completion(row, "abort")
+        stopped = self.open
+        self._reset()
+        return stopped
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """See Engine. Raises ValueError for missing, unknown or misshapen tensors; then nothing has changed."""
@@ -80,41 +108,38 @@ class AutoEngine:
         load_published(self.model, weights if base is None else (dict(published(self.model)) | dict(weights)).items())
         self.policy_version = version
 
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[list[Completion]]:
         """See Engine."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if self.open:
+            raise ValueError("requests of add_request are unfinished; call step until they are done")
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
         for number, (prompt, wanted) in enumerate(zip(prompts, each)):
             check_prompt(f"prompt {number}", prompt, wanted, self.vocab_size, self.max_model_len)
-        rows = [row for i, (prompt, wanted) in enumerate(zip(prompts, each)) for row in self._rows(i, prompt, wanted)]
-        rows.sort(key=lambda row: len(row.prompt))  # stable: the samples of a prompt stay together
-        results: dict[tuple[int, int], Completion] = {}
-        for _, same in groupby(rows, key=lambda row: len(row.prompt)):
-            batch = list(same)
-            for start in range(0, len(batch), self.batch):
-                results.update(self._decode(batch[start : start + self.batch]))
-        return [[results[i, index] for index in range(wanted.n)] for i, wanted in enumerate(each)]
+        ids = [self.add_request(prompt, wanted) for prompt, wanted in zip(prompts, each)]
+        results: dict[int, list[Completion]] = {}
+        try:
+            while self.open:
+                results.update(self.step())
+        except BaseException:
+            self.abort()
+            raise
+        return [results[i] for i in ids]
 
-    def _rows(self, number: int, prompt: Sequence[int], params: SamplingParams) -> Iterator[_Row]:
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        positions = np.arange(params.max_tokens)
-        for index, own in enumerate(sample_seeds(seed, params.n)):
-            draws = uniform(own.repeat(len(positions)), positions)
-            yield _Row((number, index), list(prompt), params, draws)
-
-    def _decode(self, rows: list[_Row]) -> Iterator[tuple[tuple[int, int], Completion]]:
-        """Rows of one prompt length, until each has ended."""
+    def _decode(self, rows: list[_Row]) -> Iterator[list[tuple[_Row, str]]]:
+        """Rows of one length, until each has ended -> after each token, those that ended and why."""
         from transformers import DynamicCache
 
-        numbers = sorted({row.place[0] for row in rows})  # a prompt is computed once
-        prompts = {row.place[0]: row.prompt for row in rows}
+        # a prompt is computed once; what a sample has begun is its own
+        owners = [(row.place[0], row.place[1] if row.begun.token_ids else -1) for row in rows]
+        prompts = dict(sorted(dict(zip(owners, (row.prompt for row in rows))).items()))
         cache = DynamicCache(config=self.model.config)
-        logits = self._forward([prompts[number] for number in numbers], cache)
-        owner = torch.tensor([numbers.index(row.place[0]) for row in rows], device=logits.device)
+        logits = self._forward(list(prompts.values()), cache)
+        places = {owner: at for at, owner in enumerate(prompts)}
+        owner = torch.tensor([places[owner] for owner in owners], device=logits.device)
         logits = logits[owner]
         cache.batch_select_indices(owner)
         while True:
@@ -123,12 +148,11 @@ class AutoEngine:
             for row, drawn in zip(rows, zip(*(t.tolist() for t in sample(logits, settings, draws)))):
                 row.drawn.append(drawn)
             ends = [self._reason(row) for row in rows]
-            yield from ((row.place, self._completion(row, end)) for row, end in zip(rows, ends) if end)
             going = [at for at, end in enumerate(ends) if not end]
-            if not going:
-                return
+            self.running = [rows[at] for at in going]
+            yield [(row, end) for row, end in zip(rows, ends) if end]
             if len(going) < len(rows):
-                rows = [rows[at] for at in going]
+                rows = self.running
                 cache.batch_select_indices(torch.tensor(going, device=logits.device))
             logits = self._forward([[row.drawn[-1][0]] for row in rows], cache)
 
@@ -142,8 +166,8 @@ class AutoEngine:
         token, params = row.drawn[-1][0], row.params
         if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
             return "stop"
-        return "length" if len(row.drawn) == params.max_tokens else ""
+        return "length" if len(row.drawn) == len(row.draws) else ""
 
     def _completion(self, row: _Row, reason: Any) -> Completion:
         tokens, logprobs, support = zip(*row.drawn)
-        return Completion(tokens, logprobs, support, reason, self.policy_version)
+        return row.begun.extended(tokens, logprobs, support, reason, self.policy_version)

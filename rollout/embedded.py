@@ -23,7 +23,7 @@ from rollout.draws import sample_seeds, uniform
 from rollout.paged.decoder import PagedDecoder
 from rollout.paged.pages import PagePool
 from rollout.paged.sampler import SamplingRows, sample
-from rollout.records import Completion, SamplingParams, check_base
+from rollout.records import Completion, SamplingParams, begun_samples, check_base
 
 
 @dataclass(slots=True)
@@ -33,7 +33,12 @@ class _Request:
     params: SamplingParams
     draws: np.ndarray  # [n, max_tokens] float64: the random number of each token of each sample
     stop: frozenset[int]
-    done: list[Completion | None] = field(default_factory=list)
+    samples: list[Completion]  # as far as they are known here: unfinished ones are running, or wait to
+
+    @property
+    def open(self) -> list[int]:
+        """Samples that are not finished."""
+        return [index for index, sample in enumerate(self.samples) if sample.finish_reason == "abort"]
 
 
 @dataclass(slots=True)
@@ -43,6 +48,16 @@ class _Running:
     pages: list[int]
     drawn: list[tuple[int, float, float]] = field(default_factory=list)  # token, logprob, log_support
     experts: list[np.ndarray] = field(default_factory=list)  # [tokens, L_moe, K] each
+
+    @property
+    def begun(self) -> Completion:
+        """What it goes on from."""
+        return self.request.samples[self.index]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the completion so far."""
+        return len(self.begun.token_ids) + len(self.drawn)
 
 
 class EmbeddedEngine:
@@ -112,14 +127,15 @@ class EmbeddedEngine:
             raise
         return [results[i] for i in ids]
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Queues a prompt and returns its number. Raises ValueError for a bad one; other requests are not touched."""
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, begun: Sequence[Completion] = ()) -> int:
+        """See Engine."""
         self._check(prompt, params, "the prompt")
+        samples = begun_samples(begun, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         seeds, positions = sample_seeds(seed, params.n), np.arange(params.max_tokens)
         draws = uniform(seeds.repeat(len(positions)), np.tile(positions, len(seeds))).reshape(params.n, -1)
-        request = _Request(self._next_id, list(prompt), params, draws, stop, [None] * params.n)
+        request = _Request(self._next_id, list(prompt), params, draws, stop, samples)
         self._next_id += 1
         self.waiting.append(request)
         return request.id
@@ -131,9 +147,8 @@ class EmbeddedEngine:
             finished += self._decode()
         complete = {}
         for sequence in finished:
-            request = sequence.request
-            if all(c is not None for c in request.done):
-                complete[request.id] = [c for c in request.done if c is not None]
+            if not sequence.request.open:
+                complete[sequence.request.id] = sequence.request.samples
         return complete
 
     def _check(self, prompt: Sequence[int], params: SamplingParams, name: str) -> None:
@@ -153,16 +168,16 @@ class EmbeddedEngine:
             )
         if params.n > self.max_num_seqs:
             raise ValueError(f"{name} asks for n={params.n} samples; max_num_seqs is {self.max_num_seqs}")
-        need = self._pages_of(len(prompt), params)
+        need = self._pages_of(len(prompt), params.max_tokens, params.n)
         if self.num_pages and need > self.num_pages:
             raise ValueError(f"{name} needs {need} cache pages; num_pages is {self.num_pages}: raise it")
 
-    def _pages_of(self, prompt_length: int, params: SamplingParams) -> int:
+    def _pages_of(self, prompt_length: int, max_tokens: int, samples: int) -> int:
         """Pages of a request: the full pages of its prompt once, the rest for every sample. The last token drawn is
         never fed back, so it needs no slot."""
         shared = prompt_length // self.page_size
-        own = -(-(prompt_length + params.max_tokens - 1) // self.page_size) - shared
-        return shared + own * params.n
+        own = -(-(prompt_length + max_tokens - 1) // self.page_size) - shared
+        return shared + own * samples
 
     def _grow(self) -> None:
         """With nothing running: a table and, where num_pages is free to choose, a pool for the longest request."""
@@ -170,7 +185,7 @@ class EmbeddedEngine:
         width = -(-self.max_model_len // self.page_size) if self.exact else -(-longest // self.page_size)
         pages = self.num_pages or max(
             self.max_num_seqs * -(-longest // self.page_size),
-            max(self._pages_of(len(r.prompt), r.params) for r in self.waiting),
+            max(self._pages_of(len(r.prompt), r.params.max_tokens, len(r.open)) for r in self.waiting),
         )
         if width > self.table_width:
             self.table_width = width
@@ -187,40 +202,47 @@ class EmbeddedEngine:
         free = len(self.pool.free)
         while self.waiting:
             request = self.waiting[0]
-            need = self._pages_of(len(request.prompt), request.params)
+            samples = len(request.open)
+            need = self._pages_of(len(request.prompt), request.params.max_tokens, samples)
             too_long = len(request.prompt) + request.params.max_tokens > self.table_width * self.page_size
-            if request.params.n > room or need > free or too_long:
+            if samples > room or need > free or too_long:
                 break
-            room, free = room - request.params.n, free - need
+            room, free = room - samples, free - need
             admitted.append(self.waiting.popleft())
         if self.exact:  # one prompt at a time, so that none feels another
             return [sequence for request in admitted for sequence in self._prefill([request])]
         return self._prefill(admitted) if admitted else []
 
     def _prefill(self, requests: list[_Request]) -> list[_Running]:
-        """Computes prompts once each, gives every sample its pages and draws its first token; returns what ended."""
+        """Computes prompts once each, and after them what samples had begun; gives every sample its pages and draws
+        its next token; returns what ended."""
         size, device = self.page_size, self.model.device
-        slots, lengths, sequences, copies = [], [], [], []
+        pieces: list[tuple[Sequence[int], np.ndarray, int]] = []  # tokens, their slots, the piece they follow or -1
+        sequences, owner, copies = [], [], []  # owner: the piece at whose end a sequence goes on
         for request in requests:
-            length = len(request.prompt)
+            length, prompt = len(request.prompt), len(pieces)
             full = length // size
             shared = self.pool.take(full)
             own = -(-(length + request.params.max_tokens - 1) // size) - full
-            for index in range(request.params.n):
-                mine = self.pool.take(own)
-                pages = (shared if index == 0 else self.pool.share(shared)) + mine
-                sequences.append(_Running(request, index, pages))
-                if index == 0:
+            first: list[int] = []
+            for index in request.open:
+                pages = (self.pool.share(shared) if first else shared) + self.pool.take(own)
+                if not first:
                     first = pages
+                    pieces.append((request.prompt, self._slots(pages, 0, length), -1))
                 elif length % size:
                     copies.append((first[full], pages[full], length % size))
-            where = np.arange(length)
-            slots.append(np.array(first)[where // size] * size + where % size)
-            lengths.append(length)
-        cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
-        layout = SequenceLayout.from_segments(cu_seqlens).to(device)
-        ids = torch.tensor([t for r in requests for t in r.prompt], device=device)
-        hidden, experts = self.decoder.prefill(ids, layout, torch.from_numpy(np.concatenate(slots)).to(device))
+                sequences.append(_Running(request, index, pages))
+                begun = request.samples[index].token_ids
+                if begun:
+                    pieces.append((begun, self._slots(pages, length, len(begun)), prompt))
+                owner.append(len(pieces) - 1 if begun else prompt)
+        cu_seqlens = np.concatenate(([0], np.cumsum([len(tokens) for tokens, _, _ in pieces])))
+        parents = np.array([follows for _, _, follows in pieces])
+        layout = SequenceLayout.from_segments(cu_seqlens, parents).to(device)
+        ids = torch.tensor([t for tokens, _, _ in pieces for t in tokens], device=device)
+        slots = torch.from_numpy(np.concatenate([where for _, where, _ in pieces])).to(device)
+        hidden, experts = self.decoder.prefill(ids, layout, slots)
         if copies:  # the prompt's last, half-filled page: each sample goes on in a copy of its own
             src = np.concatenate([a * size + np.arange(n) for a, _, n in copies])
             dst = np.concatenate([b * size + np.arange(n) for _, b, n in copies])
@@ -229,16 +251,20 @@ class EmbeddedEngine:
                 self.decoder.cache[:, torch.from_numpy(dst).to(device)] = picked
         if self.return_routed_experts:
             parts = np.split(self._compact(experts), cu_seqlens[1:-1])
-            by_request = {r.id: part for r, part in zip(requests, parts)}
-            for sequence in sequences:
-                sequence.experts.append(by_request[sequence.request.id])
-        logits = self.decoder.logits(hidden[torch.from_numpy(cu_seqlens[1:] - 1).to(device)])  # [requests, V]
-        owner = torch.tensor([i for i, r in enumerate(requests) for _ in range(r.params.n)], device=device)
+            for sequence, piece in zip(sequences, owner):
+                sequence.experts += [parts[i] for i in (parents[piece], piece) if i >= 0]
+        used, row = np.unique(owner, return_inverse=True)
+        logits = self.decoder.logits(hidden[torch.from_numpy(cu_seqlens[1:][used] - 1).to(device)])
         rows = SamplingRows.of([s.request.params for s in sequences], logits.shape[-1], device)
-        ended = self._draw(sequences, logits[owner], rows)
+        ended = self._draw(sequences, logits[torch.from_numpy(row).to(device)], rows)
         self.running += [s for s in sequences if s.pages]
         self._batch = None
         return ended
+
+    def _slots(self, pages: list[int], start: int, count: int) -> np.ndarray:
+        """[count] cache slots of the positions from `start` on of a sequence that has these pages."""
+        where = np.arange(start, start + count)
+        return np.array(pages)[where // self.page_size] * self.page_size + where % self.page_size
 
     def _decode(self) -> list[_Running]:
         batch = self._batch or _Batch(self)
@@ -257,14 +283,14 @@ class EmbeddedEngine:
 
     def _draw(self, sequences: list[_Running], logits: torch.Tensor, rows: SamplingRows) -> list[_Running]:
         """Draws the next token of each sequence; returns those that ended (their pages released)."""
-        draws = np.array([s.request.draws[s.index, len(s.drawn)] for s in sequences])
+        draws = np.array([s.request.draws[s.index, s.length] for s in sequences])
         ended = []
         for sequence, drawn in zip(sequences, zip(*(t.tolist() for t in sample(logits, rows, draws)))):
             sequence.drawn.append(drawn)
             request = sequence.request
             if drawn[0] in request.stop:
                 ended.append(self._finish(sequence, "stop"))
-            elif len(sequence.drawn) == request.params.max_tokens:
+            elif sequence.length == request.params.max_tokens:
                 ended.append(self._finish(sequence, "length"))
         return ended
 
@@ -273,19 +299,21 @@ class EmbeddedEngine:
 
     def _finish(self, sequence: _Running, reason: Any) -> _Running:
         tokens, logprobs, log_support = zip(*sequence.drawn)
-        routed = np.concatenate(sequence.experts) if self.return_routed_experts else None
-        sequence.request.done[sequence.index] = Completion(
+        routed = np.concatenate(sequence.experts) if self.return_routed_experts and reason != "abort" else None
+        sequence.request.samples[sequence.index] = sequence.begun.extended(
             tokens, logprobs, log_support, reason, self.policy_version, routed
         )
         self.pool.release(sequence.pages)
         sequence.pages = []
         return sequence
 
-    def abort(self) -> None:
+    def abort(self) -> dict[int, list[Completion]]:
         """See Engine."""
+        open_requests = [sequence.request for sequence in self.running] + list(self.waiting)
         for sequence in self.running:
-            self.pool.release(sequence.pages)
+            self._finish(sequence, "abort")
         self._reset()
+        return {request.id: request.samples for request in open_requests}
 
 
 class _Batch:
@@ -298,7 +326,7 @@ class _Batch:
         for row, sequence in zip(table, running):
             row[: len(sequence.pages)] = sequence.pages
         self.pages = torch.from_numpy(table).to(self.device)  # [B, P]
-        self.positions = np.array([len(s.request.prompt) + len(s.drawn) - 1 for s in running])
+        self.positions = np.array([len(s.request.prompt) + s.length - 1 for s in running])
         self.tokens = [s.drawn[-1][0] for s in running]
         self._settings(engine)
 

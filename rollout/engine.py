@@ -25,16 +25,20 @@ class Engine(Protocol):
         """
         ...
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Queues a prompt and returns its number. Raises ValueError for a bad one; other requests are not touched."""
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, begun: Sequence[Completion] = ()) -> int:
+        """Queues a prompt and returns its number. Raises ValueError for a bad one; other requests are not touched.
+
+        `begun`: its samples as `abort` returned them, perhaps under older weights. Unfinished ones go on after their
+        tokens, whose cache the engine's weights compute anew; the draw of a position is what it would have been.
+        """
         ...
 
     def step(self) -> dict[int, list[Completion]]:
         """Goes on with what is queued, a token or so each; returns the requests that are complete."""
         ...
 
-    def abort(self) -> None:
-        """Forgets every unfinished request."""
+    def abort(self) -> dict[int, list[Completion]]:
+        """Forgets every unfinished request; returns its samples as far as they got."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:

@@ -79,7 +79,61 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # [T]
     log_support: tuple[float, ...]  # [T]
-    finish_reason: Literal["stop", "length"]
-    policy_version: int
-    # [len(prompt) + T - 1, MoE layers, K] expert indices of each token that went through the model; None unless asked
+    finish_reason: Literal["stop", "length", "abort"]  # abort: stopped on the way, to go on later; T may then be 0
+    policy_version: int  # the newest that sampled some of it
+    # [len(prompt) + T - 1, MoE layers, K] expert indices of each token that went through the model; None unless asked.
+    # Of a sample that went on under newer weights: theirs, as they computed its beginning again
     routed_experts: np.ndarray | None = field(default=None, compare=False)
+    older: tuple[tuple[int, int], ...] = ()  # (version, tokens) of each stretch at the start that older weights sampled
+
+    @property
+    def policy_versions(self) -> tuple[tuple[int, int], ...]:
+        """(version, tokens) of each stretch in order; they add up to T."""
+        rest = len(self.token_ids) - sum(count for _, count in self.older)
+        return (*self.older, (self.policy_version, rest)) if rest else self.older
+
+    def older_than(self, version: int) -> int:
+        """How many tokens weights before `version` sampled; they come first."""
+        return sum(count for sampler, count in self.policy_versions if sampler < version)
+
+    def extended(
+        self,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[float, ...],
+        log_support: tuple[float, ...],
+        finish_reason: Literal["stop", "length", "abort"],
+        policy_version: int,
+        routed_experts: np.ndarray | None = None,
+    ) -> Completion:
+        """This unfinished one with what weights of `policy_version` sampled after it. The routes are of the whole."""
+        if not token_ids:
+            return self
+        return Completion(
+            self.token_ids + token_ids,
+            self.logprobs + logprobs,
+            self.log_support + log_support,
+            finish_reason,
+            policy_version,
+            routed_experts,
+            tuple(run for run in self.policy_versions if run[0] != policy_version),
+        )
+
+
+NOTHING = Completion((), (), (), "abort", 0)
+
+
+def complete(group: Sequence[Completion]) -> bool:
+    """Whether no sample of a group was stopped on the way."""
+    return all(completion.finish_reason != "abort" for completion in group)
+
+
+def begun_samples(begun: Sequence[Completion], params: SamplingParams) -> list[Completion]:
+    """The `n` samples that a request starts from, NOTHING each unless it was begun. ValueError for others than its."""
+    if not begun:
+        return [NOTHING] * params.n
+    if len(begun) != params.n or complete(begun):
+        raise ValueError(
+            f"a request with n={params.n} cannot go on from {len(begun)} samples, {'all' if complete(begun) else 'not all'}"
+            " of them finished; give every sample as abort returned it"
+        )
+    return list(begun)

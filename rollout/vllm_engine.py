@@ -21,8 +21,8 @@ from model.family import empty_model, eos_token_ids, published_state, read_confi
 from model.lora import adapter_shapes
 from model.names import load_unit
 from rollout import vllm_lora
-from rollout.draws import sample_seeds
-from rollout.records import Completion, SamplingParams, WeightFault, check_base, check_prompt
+from rollout.draws import sample_seeds, seed_of
+from rollout.records import Completion, SamplingParams, WeightFault, begun_samples, check_base, check_prompt, complete
 
 _QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: pushes are calls, start-up is seconds
@@ -105,7 +105,7 @@ class VllmEngine:
         self.whole = True  # False once a load has failed: the weights are then of two versions
         self._next_id = 0
         # what add_request took and step has not returned: how to sample it, and its samples so far
-        self.open: dict[int, tuple[SamplingParams, list[Completion | None]]] = {}
+        self.open: dict[int, tuple[SamplingParams, list[Completion]]] = {}
         self.rpc("watch", enable_return_routed_experts and on_cpu)
 
     def _room_for(
@@ -149,42 +149,54 @@ class VllmEngine:
             raise
         return [results[number] for number in ids]
 
-    def add_request(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """See rollout.engine.Engine."""
+    def add_request(self, prompt: Sequence[int], params: SamplingParams, begun: Sequence[Completion] = ()) -> int:
+        """See rollout.engine.Engine. A sample that goes on after k tokens has the draws of (its seed, k)."""
         self._check(prompt, params, "the prompt")
+        samples = begun_samples(begun, params)
         number = self._next_id
         self._next_id += 1
-        self.open[number] = params, [None] * params.n
+        self.open[number] = params, samples
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        for index, own in enumerate(sample_seeds(seed, params.n)):
-            wanted = self._params(params, int(own) >> 1)
-            self.engine.add_request(
-                f"{number}.{index}", {"prompt_token_ids": list(prompt)}, wanted, lora_request=self.lora_request
-            )
+        for index, (own, sample) in enumerate(zip(sample_seeds(seed, params.n), samples)):
+            if sample.finish_reason == "abort":
+                start = len(sample.token_ids)
+                # vLLM counts draws from the start of a request: the same seed would draw the first tokens' numbers again
+                wanted = self._params(params, seed_of(int(own), start) if start else int(own) >> 1, start)
+                ids = {"prompt_token_ids": [*prompt, *sample.token_ids]}
+                self.engine.add_request(f"{number}.{index}", ids, wanted, lora_request=self.lora_request)
         return number
 
     def step(self) -> dict[int, list[Completion]]:
         """See rollout.engine.Engine."""
         assert self.engine.has_unfinished_requests(), "vLLM lost a sample: it has nothing left to do"
-        complete: dict[int, list[Completion]] = {}
+        done: dict[int, list[Completion]] = {}
         for output in self.engine.step():
             if output.finished:
                 number, index = map(int, output.request_id.split("."))
-                params, done = self.open[number]
-                done[index] = self._completion(output, params)
-                samples = [completion for completion in done if completion is not None]
-                if len(samples) == len(done):
-                    complete[number] = samples
+                params, samples = self.open[number]
+                samples[index] = self._completion(output, params, samples[index])
+                if complete(samples):
+                    done[number] = samples
                     del self.open[number]
-        return complete
+        return done
 
-    def abort(self) -> None:
-        """See rollout.engine.Engine."""
-        names = [f"{number}.{i}" for number, (_, done) in self.open.items() for i, c in enumerate(done) if c is None]
+    def abort(self) -> dict[int, list[Completion]]:
+        """See rollout.engine.Engine. vLLM tells nothing of a request that it aborts, so its state is read before."""
+        stopped = {number: samples for number, (_, samples) in self.open.items()}
+        processor, names = self.engine.output_processor, []
+        for number, (params, samples) in self.open.items():
+            for index, sample in enumerate(samples):
+                if sample.finish_reason == "abort":
+                    names.append(name := f"{number}.{index}")
+                    kept = self.rpc("drop", name)
+                    for own in processor.external_req_ids.get(name, ()):
+                        state = processor.request_states[own]
+                        tokens = tuple(state.detokenizer.output_token_ids)
+                        numbers = _numbers(state.logprobs_processor.logprobs, tokens, kept, params)
+                        samples[index] = sample.extended(tokens, *numbers, "abort", self.policy_version)
         self.engine.abort_request(names)
-        for name in names:
-            self.rpc("drop", name)
-        self.open.clear()
+        self.open = {}
+        return stopped
 
     def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, base: int | None = None) -> None:
         """See rollout.engine.Engine."""
@@ -276,7 +288,8 @@ class VllmEngine:
             if name not in given and load_unit(name) in units:
                 raise ValueError(f"{name} is missing: it must come together with {units[load_unit(name)]}")
 
-    def _params(self, params: SamplingParams, seed: int) -> Any:
+    def _params(self, params: SamplingParams, seed: int, start: int) -> Any:
+        """vLLM's, for a sample that has `start` tokens."""
         from vllm import SamplingParams as VllmParams  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
@@ -286,7 +299,7 @@ class VllmEngine:
             top_p=params.top_p,
             top_k=max(params.top_k, 0),
             min_p=params.min_p,
-            max_tokens=params.max_tokens,
+            max_tokens=params.max_tokens - start,
             seed=seed,
             stop_token_ids=stop,
             ignore_eos=True,  # vLLM knows one end token of its own; ours are all in stop_token_ids
@@ -296,28 +309,30 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, output: Any, params: SamplingParams) -> Completion:
+    def _completion(self, output: Any, params: SamplingParams, begun: Completion) -> Completion:
         [sample] = output.outputs
         tokens = tuple(sample.token_ids)
-        drawn = tuple(float(value) for value in sample.logprobs.logprobs)
-        assert len(drawn) == len(tokens), f"{len(drawn)=} {len(tokens)=}"
         record = self.rpc("pop", output.request_id)
-        support = (0.0,) * len(tokens)
-        if params.temperature > 0 and _truncates(params):
-            support = tuple(record["log_support"][: len(tokens)])
         routes: np.ndarray | None = record["routes"]
         if routes is None and self.return_routed_experts:  # vLLM's own record has a row for dense layers too
             routes = sample.routed_experts[:, self.dense_layers :]
         if routes is not None:
             routes = routes[: len(output.prompt_token_ids) + len(tokens) - 1]
-        return Completion(
-            token_ids=tokens,
-            logprobs=tuple(a + b for a, b in zip(drawn, support)),
-            log_support=support,
-            finish_reason="stop" if sample.finish_reason == "stop" else "length",
-            policy_version=self.policy_version,
-            routed_experts=routes,
-        )
+        numbers = _numbers(sample.logprobs, tokens, record["log_support"], params)
+        reason = "stop" if sample.finish_reason == "stop" else "length"
+        return begun.extended(tokens, *numbers, reason, self.policy_version, routes)
+
+
+def _numbers(
+    reported: Any, tokens: Sequence[int], kept: Sequence[float], params: SamplingParams
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(logprobs, log_support) of drawn tokens, from vLLM's log-probabilities after truncation and the worker's record."""
+    drawn = tuple(float(value) for value in reported.logprobs)
+    assert len(drawn) == len(tokens), f"{len(drawn)=} {len(tokens)=}"
+    support = (0.0,) * len(tokens)
+    if params.temperature > 0 and _truncates(params):
+        support = tuple(kept[: len(tokens)])
+    return tuple(a + b for a, b in zip(drawn, support)), support
 
 
 def _truncates(params: SamplingParams) -> bool:

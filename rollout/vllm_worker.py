@@ -39,11 +39,11 @@ class WorkerExtension:
         routes = None if self._routes is None else _assembled(self._routes.pop(request))
         return {"log_support": self._support.pop(request, []), "routes": routes}
 
-    def drop(self, request: str) -> None:
-        """Forgets the record of a request that was aborted."""
-        self._support.pop(request, None)
+    def drop(self, request: str) -> list[float]:
+        """Forgets the record of a request that is aborted; returns its log_support."""
         if self._routes is not None:
             self._routes.pop(request, None)
+        return self._support.pop(request, [])
 
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> int:
         """Takes over tensors under published names by vLLM's layerwise reload; returns how many.
