@@ -69,11 +69,11 @@ class AutoEngine:
         number, self._next_id = self._next_id, self._next_id + 1
         self.open[number] = begun_samples(begun, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        for index, (own, sample) in enumerate(zip(sample_seeds(seed, params.n), self.open[number])):
-            if sample.finish_reason == "abort":
-                positions = np.arange(len(sample.token_ids), params.max_tokens)
+        for index, (own, so_far) in enumerate(zip(sample_seeds(seed, params.n), self.open[number])):
+            if so_far.finish_reason == "abort":
+                positions = np.arange(len(so_far.token_ids), params.max_tokens)
                 draws = uniform(own.repeat(len(positions)), positions)
-                self.waiting.append(_Row((number, index), [*prompt, *sample.token_ids], params, draws, sample))
+                self.waiting.append(_Row((number, index), [*prompt, *so_far.token_ids], params, draws, so_far))
         return number
 
     @torch.inference_mode()

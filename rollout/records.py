@@ -132,8 +132,9 @@ def begun_samples(begun: Sequence[Completion], params: SamplingParams) -> list[C
     if not begun:
         return [NOTHING] * params.n
     if len(begun) != params.n or complete(begun):
+        finished = sum(sample.finish_reason != "abort" for sample in begun)
         raise ValueError(
-            f"a request with n={params.n} cannot go on from {len(begun)} samples, {'all' if complete(begun) else 'not all'}"
-            " of them finished; give every sample as abort returned it"
+            f"a request with n={params.n} cannot go on from {len(begun)} samples, {finished} of them finished; "
+            "give every sample as abort returned it"
         )
     return list(begun)

@@ -160,7 +160,7 @@ class VllmEngine:
         for index, (own, sample) in enumerate(zip(sample_seeds(seed, params.n), samples)):
             if sample.finish_reason == "abort":
                 start = len(sample.token_ids)
-                # vLLM counts draws from the start of a request: the same seed would draw the first tokens' numbers again
+                # vLLM counts draws from a request's start: the same seed would draw the first tokens' numbers again
                 wanted = self._params(params, seed_of(int(own), start) if start else int(own) >> 1, start)
                 ids = {"prompt_token_ids": [*prompt, *sample.token_ids]}
                 self.engine.add_request(f"{number}.{index}", ids, wanted, lora_request=self.lora_request)
@@ -326,7 +326,7 @@ class VllmEngine:
 def _numbers(
     reported: Any, tokens: Sequence[int], kept: Sequence[float], params: SamplingParams
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(logprobs, log_support) of drawn tokens, from vLLM's log-probabilities after truncation and the worker's record."""
+    """(logprobs, log_support) of drawn tokens, from vLLM's report, after truncation, and the worker's record."""
     drawn = tuple(float(value) for value in reported.logprobs)
     assert len(drawn) == len(tokens), f"{len(drawn)=} {len(tokens)=}"
     support = (0.0,) * len(tokens)

@@ -1,4 +1,4 @@
-"""Samples that are stopped and go on, with the same weights and with others, against engines that were never stopped."""
+"""Samples that are stopped and go on, with the same weights or others, against engines that were never stopped."""
 
 from __future__ import annotations
 
