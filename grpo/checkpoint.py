@@ -20,7 +20,7 @@ from grpo.partial import Rollouts
 def save_checkpoint(
     run_dir: Path, step: int, cluster: Cluster, state: dict[str, Any], tokenizer: Any, rollouts: Rollouts | None = None
 ) -> Path:
-    """Writes the checkpoint of a step: weights, optimiser, tokenizer, unfinished samples, `state` of the loop (JSON)."""
+    """Writes the checkpoint of a step: weights, optimiser, tokenizer, unfinished samples, loop `state` (JSON)."""
     final = run_dir / "checkpoints" / f"step_{step}"
     partial = final.with_name(f".partial_step_{step}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -66,7 +66,7 @@ def test_a_stopped_request_has_what_it_would_have_begun_with(engine: Any) -> Non
 
 
 def test_new_weights_go_on_from_the_tokens_of_the_old(engine: Any, directory: Path) -> None:
-    """The log-probabilities, support and routes of what they add are a fresh forward pass's; draws do not start over."""
+    """The log-probabilities, support and routes of what they add are a fresh forward pass's."""
     policy = DeepseekV3ForCausalLM.from_pretrained(directory)
     begun = stopped(engine, 12)
     torch.manual_seed(3)
@@ -104,7 +104,7 @@ def test_new_weights_go_on_from_the_tokens_of_the_old(engine: Any, directory: Pa
 
 
 def test_a_continuation_has_draws_of_its_own(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seed of a request that goes on is a function of the sample's and of where it goes on, and not the first one:
+    """The seed of a request that goes on is a function of the sample's and of where it does, and not the first one:
     vLLM would draw the numbers of the first tokens again."""
     given: list[tuple[int, int]] = []
     add = engine.engine.add_request
