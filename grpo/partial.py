@@ -100,11 +100,11 @@ class Rollouts:
         runs = _cut([(version, count) for version, count in table["runs"].tolist()], table["older"])
         samples = [
             Completion(
-                *(columns[name][number] for name in _TOKENS),
-                str(table["reasons"][number]),  # type: ignore[arg-type]
-                int(table["versions"][number]),
-                table.get(f"routes_{number}"),
-                runs[number],
+                finish_reason=str(table["reasons"][number]),  # type: ignore[arg-type]
+                policy_version=int(table["versions"][number]),
+                routed_experts=table.get(f"routes_{number}"),
+                older=runs[number],
+                **{name: columns[name][number] for name in _TOKENS},
             )
             for number in range(len(table["tokens"]))
         ]

@@ -48,7 +48,12 @@ def go_on(engine: Any, prompts: Sequence[list[int]], work: Sequence[SamplingPara
 
 def llama(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(vocab_size=40, **sizes, num_key_value_heads=2, initializer_range=0.2, eos_token_id=2)
     return AutoModelForCausalLM.from_config(config)
 
