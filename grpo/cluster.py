@@ -64,8 +64,8 @@ class Cluster:
         if not learner:  # then the weights of model_dir are all there is
             config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
         roles = [*(["learner"] if learner else []), *self.engines, "rewards"]
-        dirs = {"model": str(model_dir), "reference": str(reference_dir)}
-        self.delta = config.rollout.delta_sync
+        weight_dir = Path(config.rollout.weight_dir or Path(config.run.output_dir) / "weights").resolve()
+        dirs = {"model": str(model_dir), "reference": str(reference_dir), "weights": str(weight_dir)}
         # who samples what may depend on who is fast where no bit depends on it
         self.fluid = config.rollout.exact or config.rollout.engine == "vllm"
         self.max_num_seqs, self.batches = config.rollout.max_num_seqs, 0
@@ -124,9 +124,10 @@ class Cluster:
 
         Raises WeightFault where an engine does not compute with them.
         """
-        buckets = self.backend.call("learner", "weights", self.synced if self.delta else None)
-        pending = [self.backend.call(engine, "load_weights", buckets, version) for engine in self.engines]
-        taken = [p.result() for p in pending]
+        try:
+            taken = self._push(version, self.synced)
+        except ConnectionError:  # an engine died while weights were broadcast; by now there is one in its place
+            taken = self._push(version, None)
         assert all(answer["policy_version"] == version for answer in taken), f"{taken=} {version=}"
         self.synced = version
         metrics = {
@@ -138,13 +139,31 @@ class Cluster:
             metrics["rollout/draft_acceptance"] = accepted / max(drafted, 1.0)
         return metrics
 
+    def _push(self, version: int, since: int | None) -> list[dict[str, float]]:
+        """What each engine says of it. ConnectionError, once all engines have stopped, where it did not get through."""
+        posted = self.backend.call("learner", "weights", since, self.engines)
+        taken, lost = [], None
+        try:
+            pending = [self.backend.call(engine, "load_weights", posted, version) for engine in self.engines]
+            sent = self.backend.call("learner", "send_weights", posted)
+            for answer in pending:
+                try:
+                    taken.append(answer.result())
+                except ConnectionError as err:
+                    lost = err
+            sent.result()
+        finally:
+            self.backend.call("learner", "release_weights", posted)
+        if lost is not None:
+            raise lost
+        return taken
+
     def save(self, directory: str) -> None:
         self.backend.call("learner", "save", directory).result()
 
     def load(self, directory: str) -> int:
         """The learner goes on from a checkpoint, the engines follow; returns the policy version."""
-        self.backend.call("learner", "load", directory).result()
-        version = self.backend.call("learner", "weights").result()[0].version
+        version = self.backend.call("learner", "load", directory).result()
         self.synced = None
         self.sync_weights(version)
         return version
@@ -233,8 +252,12 @@ class Remote:
         self.hosts[role] = self.start[role]()
         if role.startswith("rollout") and self.version is not None:
             # everything: what travelled last may be only what changed since a version that a new engine lacks
-            whole = self.hosts["learner"].call.remote("learner", "weights")
-            self._get(self.hosts[role].call.remote(role, "load_weights", whole, self.version), role)
+            learner = self.hosts["learner"].call
+            whole = learner.remote("learner", "weights", None, [role])
+            loaded = self.hosts[role].call.remote(role, "load_weights", whole, self.version)
+            learner.remote("learner", "send_weights", whole)
+            self._get(loaded, role)
+            learner.remote("learner", "release_weights", whole)
 
     def _get(self, refs: Any, who: str) -> Any:
         try:

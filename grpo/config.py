@@ -105,9 +105,28 @@ class Config(Section):
                 f"rollout.over_sampling_batch_size {rollout.over_sampling_batch_size} is less than "
                 f"grpo.prompts_per_step {self.grpo.prompts_per_step}, which a step needs; raise it, or 0 turns it off"
             )
+        kind = rollout.weight_transport
+        if kind in (("ipc", "broadcast") if self.one_process else ("in_process",)):
+            where = "processes of their own" if self.one_process else "one process"
+            raise ValueError(
+                f"rollout.weight_transport {kind} is for learner and engines in {where}, but run.cluster is "
+                f"{self.run.cluster} and run.placement is {self.run.placement}; leave it at auto"
+            )
         if self.run.eval_reward and self.run.eval_reward not in self.rewards:
             raise ValueError(f"run.eval_reward {self.run.eval_reward!r} is not one of the rewards {list(self.rewards)}")
         return self
+
+    @property
+    def one_process(self) -> bool:
+        """Whether one process hosts the learner and the engines."""
+        return self.run.cluster == "inline" or self.run.placement == "colocated"
+
+    @property
+    def weight_transport(self) -> str:
+        """rollout.weight_transport, with what `auto` comes to."""
+        if self.rollout.weight_transport != "auto":
+            return self.rollout.weight_transport
+        return "in_process" if self.one_process else "object_store"
 
     def reward_weights(self) -> dict[str, float]:
         """Reward name -> weight."""

@@ -25,6 +25,7 @@ from grpo.packing import pack
 from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Policy, Stats
 from grpo.records import PackedBatch, StepStats, TrainingSample
 from grpo.router import router_metrics
+from grpo.transport import ObjectStore, Transport
 from grpo.weight_sync import Bucket, Canary, Outbox
 from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
 from model.lora import FOLDER, LoraAdapter, MergedModel
@@ -46,11 +47,14 @@ class Learner:
         seed: int = 0,
         canaries: bool = False,
         model: AnyModel | None = None,
+        transport: Transport | None = None,
+        delta_sync: bool = True,
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
-        engines are held against. `model`: what to train, where it is not the policy in model_dir. Raises ValueError for
-        a bad directory.
+        engines are held against. `model`: what to train, where it is not the policy in model_dir. `transport`: takes
+        the weights to the engines; None: object_store. `delta_sync`: see `weights`. Raises ValueError for a bad
+        directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
         if model is None:
@@ -82,7 +86,7 @@ class Learner:
         )
         self.updates = 0  # optimiser updates so far
         self.policy_version = 0
-        self.outbox = Outbox()
+        self.outbox, self.transport = Outbox(delta_sync), transport or ObjectStore()
 
     def step(
         self, minibatches: Sequence[Sequence[PackedBatch]], rollout_counts: torch.Tensor | None = None
@@ -193,25 +197,37 @@ class Learner:
             else self.logprobs(dataclasses.replace(batch, routed_experts=None), self.reference),
         )
 
-    def weights(self, since: int | None = None) -> list[Bucket]:
-        """The policy under published names, ready to travel; carries the policy version.
+    def weights(self, since: int | None = None, readers: Sequence[str] = ("",)) -> list[Bucket]:
+        """The policy under published names, ready to travel to these engines; carries the policy version.
 
         `since`: a version that every engine holds; where it is the one sent last, only what changed travels.
         After `send_adapter` these are the base's weights, which never change, and the adapter under PEFT's names.
         """
-        if self.adapter is None or not self.sends_adapter:
-            state = published_state(self.published)
-        elif since is not None and since == self.outbox.version:
-            state = iter(self.adapter.tensors().items())  # a base of many GB need not be digested to know that
-        else:
-            state = self.adapter.unmerged()
-        first, *others = self.outbox.pack(state, self.policy_version, since)
+        changes = self.outbox.delta and since is not None and since == self.outbox.version
+        plan = self.outbox.plan(self._state(changes), self.policy_version, since, self.transport.proved)
+        first, *others = self.transport.post(plan, self._state(changes), readers)
         return [dataclasses.replace(first, canary=self.canary() if self.canaries else None), *others]
+
+    def _state(self, changes: bool) -> Iterable[tuple[str, torch.Tensor]]:
+        """What travels; `changes`: after a version that the engines hold."""
+        if self.adapter is None or not self.sends_adapter:
+            return published_state(self.published)
+        if changes:
+            return self.adapter.tensors().items()  # a base of many GB need not be digested to know that
+        return self.adapter.unmerged()
 
     def send_adapter(self) -> None:
         """From now on the adapter travels as it is."""
         assert self.adapter is not None, "model.lora is not set"
         self.sends_adapter = True
+
+    def send_weights(self, posted: Sequence[Bucket]) -> None:
+        """While engines load what `weights` gave: what their transport waits for."""
+        self.transport.send(posted, self._state(changes=posted[0].base is not None))
+
+    def release_weights(self, posted: Sequence[Bucket]) -> None:
+        """Every engine has loaded: what was kept for them goes."""
+        self.transport.release(posted)
 
     @torch.no_grad()
     def canary(self) -> Canary:
@@ -247,8 +263,9 @@ class Learner:
         numbers = {"updates": self.updates, "policy_version": self.policy_version, "router_start": start}
         (state / "learner.json").write_text(json.dumps(numbers))
 
-    def load(self, directory: str | Path) -> None:
-        """Goes on from what `save` wrote. Raises ValueError for a directory without training state."""
+    def load(self, directory: str | Path) -> int:
+        """Goes on from what `save` wrote, at the policy version it returns. Raises ValueError for a directory without
+        training state."""
         directory = Path(directory)
         state = directory / "train_state"
         if not (state / "learner.json").is_file():
@@ -272,6 +289,7 @@ class Learner:
         self.updates, self.policy_version = numbers["updates"], numbers["policy_version"]
         start = numbers.get("router_start")
         self.router_start = None if start is None else torch.tensor(start, device=self.policy.model.device)
+        return self.policy_version
 
 
 def nll_loss(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:

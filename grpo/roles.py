@@ -13,6 +13,7 @@ from grpo.config import Config
 from grpo.dispatch import Held
 from grpo.learner import Learner
 from grpo.prepare import reward_resources
+from grpo.transport import build_transport
 from grpo.weight_sync import Bucket, unpack
 from rewards import RewardInput, Score, build_rewards
 from rollout import Completion, build_engine
@@ -22,7 +23,8 @@ from rollout.engine import Adapted, Checked, Speculating
 class RolloutRole:
     """An engine, and the receiving end of the weight sync."""
 
-    def __init__(self, config: Config, model_dir: str) -> None:
+    def __init__(self, config: Config, model_dir: str, name: str = "", weight_dir: str = "") -> None:
+        """`name`: the role's. `weight_dir`: where `rollout.weight_transport: disk` reads."""
         rollout = config.rollout
         self.engine = build_engine(
             model_dir,
@@ -32,6 +34,7 @@ class RolloutRole:
             **_engine_options(config),
         )
         self.check = rollout.weight_check
+        self.transport = build_transport(config, name, weight_dir)
         self.begun: dict[tuple[int, int], int] = {}  # (batch, index) -> number of the engine's request
 
     def advance(self, batch: int, held: Held, everything: bool) -> dict[int, list[Completion]]:
@@ -82,11 +85,10 @@ class RolloutRole:
         """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"},
         and "drafted" and "accepted" tokens since the last time where the engine speculates.
 
-        Raises ValueError if the buckets are not that version, WeightFault if the engine does not compute with them.
+        Raises ValueError if the buckets are not that version, WeightFault if the engine does not compute with them,
+        ConnectionError if they stopped coming.
         """
-        if buckets[0].version != version:
-            raise ValueError(f"weights of version {buckets[0].version} came where {version} was expected")
-        weights = list(unpack(buckets))
+        weights = unpack(buckets, version, self.transport.fetch)
         self.engine.load_weights(weights, version, buckets[0].base)
         start, canary = time.perf_counter(), buckets[0].canary
         if isinstance(self.engine, Checked) and self.check != "off":
@@ -97,7 +99,7 @@ class RolloutRole:
         return {
             "policy_version": self.engine.policy_version,
             "check_seconds": time.perf_counter() - start,
-            "bytes": sum(bucket.data.nbytes for bucket in buckets),
+            "bytes": sum(bucket.nbytes for bucket in buckets),
             **(self.engine.speculated() if isinstance(self.engine, Speculating) else {}),
         }
 
@@ -137,7 +139,7 @@ class RewardRole:
         self.rewards.close()
 
 
-def learner_role(config: Config, model_dir: str, reference_dir: str) -> Learner:
+def learner_role(config: Config, model_dir: str, reference_dir: str, weight_dir: str) -> Learner:
     return Learner(
         model_dir,
         config.grpo,
@@ -148,15 +150,20 @@ def learner_role(config: Config, model_dir: str, reference_dir: str) -> Learner:
         lora=None if config.model.lora is None else config.model.lora.model_dump(),
         canaries=config.rollout.engine == "vllm" and config.rollout.weight_check != "off",
         seed=config.run.seed,
+        transport=build_transport(config, "learner", weight_dir),
+        delta_sync=config.rollout.delta_sync,
     )
 
 
 def build_role(name: str, config: Config, dirs: dict[str, str]) -> Any:
-    """The object behind a role name: "learner", "rewards" or "rollout-<n>". `dirs`: "model" and "reference"."""
+    """The object behind a role name: "learner", "rewards" or "rollout-<n>".
+
+    `dirs`: "model", "reference" and "weights" (which `rollout.weight_transport: disk` writes).
+    """
     torch.set_num_threads(config.run.threads)
     if name == "learner":
-        return learner_role(config, dirs["model"], dirs["reference"])
+        return learner_role(config, dirs["model"], dirs["reference"], dirs["weights"])
     if name == "rewards":
         return RewardRole(config)
     assert name.startswith("rollout-"), f"{name=}"
-    return RolloutRole(config, dirs["model"])
+    return RolloutRole(config, dirs["model"], name, dirs["weights"])

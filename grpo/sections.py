@@ -195,6 +195,14 @@ class RolloutConfig(Section):
     delta_sync: bool = True
     """Leave out of a push the tensors that did not change since the version that the engines hold (an adapter's base,
     a frozen router, an untrained MTP layer). An engine that was replaced gets everything."""
+    weight_transport: Literal["auto", "in_process", "object_store", "ipc", "broadcast", "disk"] = "auto"
+    """How weights reach the engines. in_process: the learner's tensors themselves, where one process hosts both.
+    object_store: host memory that Ray shares. ipc: memory of the GPU that learner and engine share. broadcast: NCCL
+    between GPUs, gloo on CPUs. disk: files in weight_dir. auto: in_process where it can be, else object_store."""
+    weight_dir: str = ""
+    """disk: a directory of this run alone that all hosts see. Empty: `<run.output_dir>/weights`."""
+    broadcast_timeout: float = Field(default=60.0, gt=0)
+    """broadcast: seconds that learner and engines wait for one another. An engine that died costs a push as much."""
     num_workers: int = Field(default=1, ge=1)
     """Engines. Groups stay together and go to the engine with the fewest outstanding tokens; with vllm or `exact` an
     engine gets as much as it decodes at a time, and more as soon as it has room."""

@@ -22,11 +22,11 @@ from grpo.losses import token_weights
 from grpo.packing import pack
 from grpo.prepare import prepare
 from grpo.records import PackedBatch, TrainingSample
-from grpo.weight_sync import unpack
 from model import SequenceLayout
 from model.create import build_tokenizer
 from model.names import load_unit
 from rollout import SamplingParams, build_engine
+from tests.weights import unpacked
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = yaml.safe_load((ROOT / "configs" / "tiny_v3.yaml").read_text())["tokenizer"]
@@ -152,7 +152,7 @@ def test_engine_and_learner_agree_before_and_after_a_push(make: Make, kind: str)
             alone = build_engine(learner.policy.model, exact=True).generate([prompt], p)[0]
             assert [c.token_ids for c in alone] == [c.token_ids for c in group]
         learner.step([batches()])
-        engine.load_weights(unpack(learner.weights()), 1)
+        engine.load_weights(unpacked(learner.weights()), 1)
 
 
 def test_sent_and_saved_are_the_published_tensors(make: Make, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_sent_and_saved_are_the_published_tensors(make: Make, tmp_path: Path) ->
         want = load_file(directory / "model.safetensors")
         learner = Learner(directory, GRPOConfig())
         learner.save(tmp_path / kind)
-        sent, saved = dict(unpack(learner.weights())), load_file(tmp_path / kind / "model.safetensors")
+        sent, saved = dict(unpacked(learner.weights())), load_file(tmp_path / kind / "model.safetensors")
         assert sent.keys() == saved.keys() == want.keys()
         assert all(torch.equal(sent[name], want[name]) and torch.equal(saved[name], want[name]) for name in want)
         assert ("lm_head.weight" in sent) == (kind != "qwen2")  # tied there
@@ -257,7 +257,7 @@ def test_only_the_adapter_learns_and_its_targets_are_checked(make: Make) -> None
     learner = Learner(directory, GRPOConfig(learning_rate=1e-2), lora=options)
     before = load_file(directory / "model.safetensors")
     learner.step([batches()])
-    after = dict(unpack(learner.weights()))
+    after = dict(unpacked(learner.weights()))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {
         f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.gate_proj")
@@ -315,12 +315,12 @@ def test_an_adapter_travels_as_it_is_once_that_is_settled(make: Make) -> None:
     learner.send_adapter()
     base, adapter = load_file(directory / "model.safetensors"), learner.adapter.tensors()  # type: ignore[union-attr]
     learner.step([batches()])
-    everything = dict(unpack(learner.weights()))
+    everything = dict(unpacked(learner.weights()))
     assert everything.keys() == base.keys() | adapter.keys()
     assert all(torch.equal(everything[name], tensor) for name, tensor in (base | adapter).items())
     learner.step([batches()])
     changes = learner.weights(since=1)
     assert {bucket.base for bucket in changes} == {1}
-    assert dict(unpack(changes)).keys() == adapter.keys()
+    assert dict(unpacked(changes)).keys() == adapter.keys()
     assert len({load_unit(name) for name in adapter}) == 1
-    assert dict(unpack(learner.weights(since=1))).keys() == everything.keys()  # 2 was sent last
+    assert dict(unpacked(learner.weights(since=1))).keys() == everything.keys()  # 2 was sent last

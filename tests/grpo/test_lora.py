@@ -20,11 +20,11 @@ from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.policy import AdapterOff
 from grpo.records import PackedBatch, TrainingSample
-from grpo.weight_sync import unpack
 from model import DeepseekV3ForCausalLM
 from model.create import create_model
 from rollout import SamplingParams, build_engine
 from tests.resume import check_resume
+from tests.weights import unpacked
 
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,9 +117,9 @@ def test_engines_get_plain_weights_that_compute_the_learners_numbers(tiny: Path,
     for seed in range(3):
         learner.step(batches(seed))
     plain = Learner(tiny, GRPOConfig(), dtype=dtype)
-    sent = dict(unpack(learner.weights()))
+    sent = dict(unpacked(learner.weights()))
     assert {n: (t.dtype, t.shape) for n, t in sent.items()} == {
-        n: (t.dtype, t.shape) for n, t in unpack(plain.weights())
+        n: (t.dtype, t.shape) for n, t in unpacked(plain.weights())
     }
     engine = build_engine(tiny, dtype=getattr(torch, dtype))
     engine.load_weights(sent.items(), 3)

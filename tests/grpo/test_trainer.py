@@ -143,6 +143,34 @@ def test_dead_rollout_and_reward_actors_are_replaced(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("transport", "pushed"),
+    [("ipc", [0, 0, 0]), ("broadcast", [0, 0, 1])],  # a broadcast breaks off, and everything is sent anew
+)
+def test_an_engine_that_dies_while_weights_arrive_on_another_way(
+    reference: Path, monkeypatch: pytest.MonkeyPatch, transport: str, pushed: list[int]
+) -> None:
+    kill_at(monkeypatch, "sync_weights", "rollout-0", 3, True)
+    content = settings(reference, transport, "ray")
+    content["rollout"] |= {"weight_transport": transport, "broadcast_timeout": 5}
+    GRPOTrainer(content).train()
+    got, want = rows(reference / transport), rows(reference / "inline")
+    sent = [row.pop("sync/bytes", 0) for row in got], [row.pop("sync/bytes", 0) for row in want]
+    assert got == want
+    assert [int(a > b) for a, b in zip(*sent)][1:4] == pushed
+
+
+@pytest.mark.parametrize("transport", ["object_store", "disk"])
+def test_in_one_process_weights_may_be_copied_all_the_same(reference: Path, transport: str) -> None:
+    content = settings(reference, transport, "inline")
+    content["rollout"]["weight_transport"] = transport
+    GRPOTrainer(content).train()
+    assert rows(reference / transport) == rows(reference / "inline")
+    assert not list((reference / transport).glob("weights/*"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("verb", "nth", "after"),
     [("learn", 4, True), ("sync_weights", 3, False), ("save", 2, True)],  # in, after the step; while saving
 )

@@ -16,12 +16,14 @@ from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.records import TrainingSample
 from grpo.roles import RolloutRole
-from grpo.weight_sync import Bucket, buckets, unpack
+from grpo.transport import ObjectStore
+from grpo.weight_sync import Bucket, unpack
 from model import DeepseekV3ForCausalLM
 from model.create import create_model
 from model.names import hf_state
 from rollout import SamplingParams
 from rollout.embedded import EmbeddedEngine
+from tests.weights import posted, unpacked
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_v3.yaml"
 
@@ -58,7 +60,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("max_bytes", [1, 64, 200, 1 << 20])
 def test_round_trip_is_bit_equal(max_bytes: int) -> None:
     sent = tensors()
-    got = list(unpack(list(buckets(sent, 3, max_bytes))))
+    got = unpacked(posted(sent, 3, max_bytes))
     assert [name for name, _ in got] == [name for name, _ in sent]
     for (name, want), (_, tensor) in zip(sent, got):
         assert (tensor.dtype, tensor.shape) == (want.dtype, want.shape), name
@@ -66,31 +68,32 @@ def test_round_trip_is_bit_equal(max_bytes: int) -> None:
 
 
 def test_buckets_are_small_and_numbered() -> None:
-    made = list(buckets(tensors(), 3, 64))
-    # 30 + 16, 20 + 10 + 7, 96 alone, 4, 400 alone, 32
-    assert [b.data.nbytes for b in made] == [46, 37, 96, 4, 400, 32]
+    made = posted(tensors(), 3, 64)
+    # 30 + 16, 20 + 10 + 7, 96 alone, 4, 400 alone, 32; each tensor starts at a multiple of 16
+    assert [b.nbytes for b in made] == [46, 37, 96, 4, 400, 32]
+    assert [len(b.payload) for b in made] == [48, 64, 96, 16, 400, 32]
     assert [(b.version, b.index, b.count) for b in made] == [(3, i, 6) for i in range(6)]
-    assert len(list(buckets(tensors(), 3))) == 1
+    assert len(posted(tensors(), 3)) == 1
 
 
 def test_buckets_are_copies() -> None:
     weight = torch.zeros(4)
-    made = list(buckets([("weight", weight)], 1))
+    made = posted([("weight", weight)], 1)
     weight += 1
-    assert dict(unpack(made))["weight"].tolist() == [0, 0, 0, 0]
+    assert dict(unpacked(made))["weight"].tolist() == [0, 0, 0, 0]
 
 
 def test_read_only_memory_and_any_order() -> None:
-    made = list(buckets(tensors(), 3, 64))
+    made = posted(tensors(), 3, 64)
     for bucket in made:
-        bucket.data.setflags(write=False)  # as Ray hands it over
-    got = dict(unpack(made[::-1]))
+        bucket.payload.setflags(write=False)  # as Ray hands it over
+    got = dict(unpacked(made[::-1]))
     for name, want in tensors():
         assert raw(got[name]) == raw(want), name
 
 
 def spoiled() -> dict[str, list[Bucket]]:
-    made = list(buckets(tensors(), 3, 64))
+    made = posted(tensors(), 3, 64)
     other = [dataclasses.replace(b, version=4) for b in made]
     return {
         "nothing": [],
@@ -100,14 +103,14 @@ def spoiled() -> dict[str, list[Bucket]]:
         "one twice for another": [*made[:-1], made[0]],
         "mixed": [*made[:2], *other[2:]],
         "both": made + other,
-        "of two sizes": [made[0], *list(buckets(tensors(), 3, 200))[1:]],
+        "of two sizes": [made[0], *posted(tensors(), 3, 200)[1:]],
     }
 
 
 @pytest.mark.parametrize("case", spoiled())
 def test_anything_but_one_whole_version_is_refused(case: str) -> None:
     with pytest.raises(ValueError, match="not one whole version"):
-        unpack(spoiled()[case])  # at once, before the first tensor
+        unpack(spoiled()[case], 3, ObjectStore().fetch)  # at once, before the first tensor
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -121,8 +124,8 @@ def test_engine_takes_over_the_learners_weights(tiny: Path, tmp_path: Path, dtyp
     engine = EmbeddedEngine(other)
     before = engine.generate([[1, 9, 12]], SamplingParams(max_tokens=8, temperature=0))[0][0]
     made = learner.weights()
-    assert {entry[1] for bucket in made for entry in bucket.entries} == {"float32", dtype}
-    engine.load_weights(unpack(made), made[0].version)
+    assert {entry.dtype for bucket in made for entry in bucket.entries} == {"float32", dtype}
+    engine.load_weights(unpacked(made), made[0].version)
 
     want, got = learner.policy.model.state_dict(), engine.model.state_dict()
     assert want.keys() == got.keys()
@@ -177,7 +180,7 @@ def test_only_what_changed_travels(wide: Path) -> None:
     nudge(learner, "self_attn")
     made = learner.weights(since=0)
     assert {bucket.base for bucket in made} == {0}
-    names = [entry[0] for bucket in made for entry in bucket.entries]
+    names = [entry.name for bucket in made for entry in bucket.entries]
     assert len(names) == 7 * 4 and all(".self_attn." in name for name in names)  # 7 tensors of 4 layers, MTP's too
     answer = worker.load_weights(made, 1)
     assert answer["policy_version"] == 1 and 0 < answer["bytes"] < 0.05 * whole
@@ -209,7 +212,7 @@ def test_what_is_loaded_as_one_travels_together(wide: Path) -> None:
     for version, (name, want) in enumerate(cases.items(), 1):
         state[name].flatten()[0] += 1
         learner.policy_version = version
-        sent = [entry[0] for bucket in learner.weights(since=version - 1) for entry in bucket.entries]
+        sent = [entry.name for bucket in learner.weights(since=version - 1) for entry in bucket.entries]
         assert sorted(sent) == [layer + n for n in want]
 
 
@@ -229,10 +232,10 @@ def test_an_engine_that_missed_a_version_takes_no_changes(wide: Path) -> None:
     late.load_weights(whole, 2)
     assert same(learner, late.engine)
     with pytest.raises(ValueError, match="on several bases"):
-        first, *others = buckets(tensors(), 3, 200)
-        unpack([first, *(dataclasses.replace(b, base=2) for b in others)])
+        first, *others = posted(tensors(), 3, 200)
+        unpacked([first, *(dataclasses.replace(b, base=2) for b in others)])
     learner.policy_version = 3
-    bad = [dataclasses.replace(b, base=2) for b in buckets([("model.layers.1.x", torch.ones(1))], 3)]
+    bad = [dataclasses.replace(b, base=2) for b in posted([("model.layers.1.x", torch.ones(1))], 3)]
     with pytest.raises(ValueError, match=r"model\.layers\.1\.x is no tensor"):
         late.load_weights(bad, 3)
     with pytest.raises(ValueError, match="load a complete one first"):
@@ -247,7 +250,7 @@ def test_a_step_of_an_adapter_sends_what_it_trains(wide: Path) -> None:
         samples = [[TrainingSample((3, 4, 5), (6, 7 + i), 0.5, float(i) - 0.5, (-4.0,) * 2) for i in range(2)]]
         learner.step([pack(samples, 100)])
         made = learner.weights(since=version - 1)
-        sent = {entry[0].split(".self_attn.")[-1] for bucket in made for entry in bucket.entries}
+        sent = {entry.name.split(".self_attn.")[-1] for bucket in made for entry in bucket.entries}
         assert sent == {"q_a_proj.weight", "kv_a_proj_with_mqa.weight", "o_proj.weight"}
         assert 0 < worker.load_weights(made, version)["bytes"] < 0.05 * whole
     got = worker.engine.model.state_dict()  # type: ignore[attr-defined]

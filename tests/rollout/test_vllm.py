@@ -17,10 +17,11 @@ import transformers
 
 from grpo.config import GRPOConfig
 from grpo.learner import Learner
-from grpo.weight_sync import Bucket, buckets, unpack
+from grpo.weight_sync import Bucket
 from model import DeepseekV3ForCausalLM
 from model.names import hf_state
 from rollout import SamplingParams, WeightFault, build_engine
+from tests.weights import posted, unpacked
 
 pytestmark = [
     pytest.mark.vllm,
@@ -269,26 +270,26 @@ def test_an_incomplete_push_loads_nothing(engine: Any, pushed: Any, fault: Any, 
 
 
 def test_faults_of_the_way_are_found_before_a_tensor_is_loaded(policy: Any) -> None:
-    made = list(buckets(hf_state(policy), 4, max_bytes=20_000))
+    made = posted(hf_state(policy), 4, max_bytes=20_000)
     assert len(made) > 3
-    older = list(buckets(hf_state(policy), 3, max_bytes=20_000))
-    damaged = made[1].data.copy()
+    older = posted(hf_state(policy), 3, max_bytes=20_000)
+    damaged = made[1].payload.copy()
     damaged[100:104] = 255 - damaged[100:104]
     faults: list[tuple[list[Bucket], str]] = [
         (made[:-1], "not one whole version"),
         ([*made, made[2]], "not one whole version"),
         ([older[0], *made[1:]], r"versions \[3, 4\]"),
-        ([made[0], dataclasses.replace(made[1], data=damaged), *made[2:]], r"model\..* of version 4 was damaged"),
+        ([made[0], dataclasses.replace(made[1], payload=damaged), *made[2:]], r"model\..* of version 4 was damaged"),
     ]
     for received, message in faults:
         with pytest.raises(ValueError, match=message):
-            list(unpack(received))
+            unpacked(received)
 
 
 def test_canaries_hold_the_engine_against_the_learner(engine: Any, directory: Path) -> None:
     learner = Learner(directory, GRPOConfig(), canaries=True)
     first, *_ = made = learner.weights()
-    weights = list(unpack(made))
+    weights = unpacked(made)
     engine.load_weights(weights, 0)
     assert first.canary is not None
     with torch.no_grad():

@@ -22,7 +22,6 @@ from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.records import TrainingSample
 from grpo.roles import RolloutRole, learner_role
-from grpo.weight_sync import unpack
 from model import DeepseekV3Config
 from model.create import build_tokenizer
 from model.family import read_config
@@ -31,6 +30,7 @@ from rollout import WeightFault, build_engine
 from rollout.vllm_lora import why_merged
 from tests.rollout.conftest import VLLM_TINY
 from tests.rollout.test_vllm_auto import GREEDY, KEPT, PROMPTS, saved
+from tests.weights import unpacked
 
 pytestmark = [
     pytest.mark.vllm,
@@ -60,7 +60,7 @@ class Pair:
         self.role = RolloutRole(self.config, str(directory))
         KEPT.append(self.role)
         assert self.role.why_merged() == ""
-        self.learner = learner_role(self.config, str(directory), str(directory))
+        self.learner = learner_role(self.config, *[str(directory)] * 3)
         self.learner.send_adapter()
         self.push()
 
@@ -186,7 +186,7 @@ def test_an_adapter_that_went_wrong_in_the_engine_is_named(
 def test_another_base_than_the_learners_is_named(pair: Pair) -> None:
     engine: Any = pair.role.engine
     name = "model.layers.1.mlp.up_proj.weight"
-    weights = [(n, t + 0.01 if n == name else t) for n, t in unpack(pair.learner.weights())]
+    weights = [(n, t + 0.01 if n == name else t) for n, t in unpacked(pair.learner.weights())]
     engine.load_weights(weights, pair.learner.policy_version)
     with pytest.raises(WeightFault, match=f"in vLLM: {name} computes something else"):
         engine.check_weights(weights)

@@ -15,9 +15,9 @@ from grpo.config import GRPOConfig
 from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.records import TrainingSample
-from grpo.weight_sync import unpack
 from model.family import load_model, published_state
 from rollout import SamplingParams, WeightFault, build_engine
+from tests.weights import unpacked
 
 pytestmark = [
     pytest.mark.vllm,
@@ -75,7 +75,7 @@ def push(learner: Learner, engine: Any, version: int) -> None:
     ]
     learner.step([pack([[sample] for sample in samples], 1000)])
     received = learner.weights()
-    weights = list(unpack(received))
+    weights = unpacked(received)
     engine.load_weights(weights, version)
     engine.check_weights(weights)
     assert received[0].canary is not None

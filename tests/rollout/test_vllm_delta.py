@@ -16,10 +16,10 @@ import torch
 from grpo.config import Config, GRPOConfig, RolloutConfig
 from grpo.learner import Learner
 from grpo.roles import RolloutRole
-from grpo.weight_sync import unpack
 from model import DeepseekV3ForCausalLM
 from model.names import hf_state, load_unit
 from rollout import SamplingParams, WeightFault, build_engine
+from tests.weights import unpacked
 
 pytestmark = [
     pytest.mark.vllm,
@@ -79,9 +79,9 @@ def test_every_unit_may_come_alone(learner: Learner, role: RolloutRole, tmp_path
                     tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
         learner.policy_version = version
         made = learner.weights(since=version - 1)
-        assert {load_unit(entry[0]) for bucket in made for entry in bucket.entries if ".layers.3." not in entry[0]} == {
-            unit
-        }
+        assert {
+            load_unit(entry.name) for bucket in made for entry in bucket.entries if ".layers.3." not in entry.name
+        } == {unit}
         role.load_weights(made, version)
         role.engine.check_weights([(name, tensor.clone()) for name, tensor in hf_state(model)])  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path / "model")
@@ -92,7 +92,7 @@ def test_every_unit_may_come_alone(learner: Learner, role: RolloutRole, tmp_path
 
 def test_a_change_of_attention_sends_under_5_percent(learner: Learner, role: RolloutRole, tmp_path: Path) -> None:
     """What an adapter on attention comes to, merged. Results are a fresh engine's to the last bit."""
-    whole = sum(bucket.data.nbytes for bucket in learner.weights())
+    whole = sum(bucket.nbytes for bucket in learner.weights())
     before = drawn(role.engine)
     for version in (1, 2, 3):
         generator = torch.Generator().manual_seed(version)
@@ -102,7 +102,7 @@ def test_a_change_of_attention_sends_under_5_percent(learner: Learner, role: Rol
                     tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
         learner.policy_version = version
         made = learner.weights(since=version - 1)
-        assert {entry[0].split(".")[3] for bucket in made for entry in bucket.entries} == {"self_attn"}
+        assert {entry.name.split(".")[3] for bucket in made for entry in bucket.entries} == {"self_attn"}
         assert 0 < role.load_weights(made, version)["bytes"] < 0.05 * whole
     learner.save(tmp_path / "merged")
     fresh = build_engine(tmp_path / "merged", "vllm", dtype="float32", **OPTIONS)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_or_found(learner: Learner, role: RolloutRo
     learner.policy_version = 1
     engine.load_weights([(n, t) for n, t in hf_state(other) if "layers.1.self_attn.o_proj" in n], 1, base=0)
     made = learner.weights(since=0)  # nothing changed, says the learner; the canaries know better
-    assert not list(unpack(made))
+    assert not unpacked(made)
     with pytest.raises(WeightFault, match="canary prompts under version 1"):
         role.load_weights(made, 1)
     with pytest.raises(ValueError, match="load a whole version first"):
