@@ -50,6 +50,8 @@ class ColocatedActor(Host):
 KINDS = {"learner": LearnerActor, "rollout": RolloutActor, "rewards": RewardActor, "colocated": ColocatedActor}
 
 
-def start_host(kind: str, name: str, roles: Sequence[str], config: Config, dirs: dict[str, str]) -> Any:
-    """An actor of this kind, hosting the roles; it is being built when this returns."""
-    return KINDS[kind].options(name=name).remote(list(roles), config, dirs)  # type: ignore[attr-defined]
+def start_host(
+    kind: str, name: str, roles: Sequence[str], config: Config, dirs: dict[str, str], gpus: float = 0
+) -> Any:
+    """An actor of this kind, hosting the roles, that asks for `gpus`; it is being built when this returns."""
+    return KINDS[kind].options(name=name, num_gpus=gpus).remote(list(roles), config, dirs)  # type: ignore[attr-defined]

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from grpo.policy import LossFn, Policy, Stats
+from grpo.policy import LossFn, Policy, Stats, layout_of
 from grpo.records import PackedBatch
-from model import SequenceLayout
 from model.auto import check_head, head_weight, packed_hidden
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ class AutoPolicy(Policy):
         return loss_fn(self._hidden(batch), self.head_weight, batch)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
-        layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
-        return packed_hidden(self.model, batch.input_ids, layout)
+        return packed_hidden(self.model, batch.input_ids, layout_of(batch))
 
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:

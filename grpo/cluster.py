@@ -14,42 +14,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import yaml
 
+from grpo.backend import Backend, Inline
 from grpo.config import Config
 from grpo.dispatch import Request, collect, dispatch, room_for
+from grpo.placement import assign_gpus
 from grpo.prepare import model_spec
 from grpo.records import PackedBatch, StepStats
-from grpo.roles import build_role
 from rewards import RewardInput, Score
 from rollout import Completion, SamplingParams
 
 
 class RunFailure(RuntimeError):
     """The run cannot go on; the message is one line for the user."""
-
-
-class Pending(Protocol):
-    """The answer to a call, perhaps not there yet. May be passed on as an argument of another call."""
-
-    def result(self) -> Any: ...
-
-
-class Backend(Protocol):
-    """Where roles live."""
-
-    def call(self, role: str, method: str, *args: Any) -> Pending: ...
-
-    def first(self, pending: Mapping[str, Any]) -> str:
-        """The key of a call that has been answered; waits for one."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class Cluster:
@@ -60,12 +44,13 @@ class Cluster:
 
         Raises ValueError where Ray is asked for and not there, RunFailure where a process dies on the way.
         """
-        self.engines = [f"rollout-{i}" for i in range(config.rollout.num_workers)]
         if not learner:  # then the weights of model_dir are all there is
             config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
-        roles = [*(["learner"] if learner else []), *self.engines, "rewards"]
+        roles = roles_of(config, learner)
+        self.engines = [role for role in roles if role.startswith("rollout")]
         weight_dir = Path(config.rollout.weight_dir or Path(config.run.output_dir) / "weights").resolve()
         dirs = {"model": str(model_dir), "reference": str(reference_dir), "weights": str(weight_dir)}
+        self.sleep_level = config.rollout.sleep_level
         # who samples what may depend on who is fast where no bit depends on it
         self.fluid = config.rollout.exact or config.rollout.engine == "vllm"
         self.max_num_seqs, self.batches = config.rollout.max_num_seqs, 0
@@ -117,7 +102,11 @@ class Cluster:
     def learn(
         self, minibatches: Sequence[Sequence[PackedBatch]], rollout_counts: torch.Tensor | None = None
     ) -> StepStats:
-        return self.backend.call("learner", "step", minibatches, rollout_counts).result()
+        asleep = [self.backend.call(engine, "sleep", self.sleep_level) for engine in self.engines if self.sleep_level]
+        memory = [call.result() for call in asleep]
+        stats = self.backend.call("learner", "step", minibatches, rollout_counts).result()
+        mean = {key: sum(answer[key] for answer in memory) / len(memory) for key in (memory[0] if memory else ())}
+        return replace(stats, metrics={**stats.metrics, **mean})
 
     def sync_weights(self, version: int) -> dict[str, float]:
         """The learner's weights to every engine -> metrics. They travel from process to process, not through this one.
@@ -178,31 +167,9 @@ class Cluster:
         self.close()
 
 
-class Done:
-    """A call that has been answered."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def result(self) -> Any:
-        return self.value
-
-
-class Inline:
-    """All roles in this process."""
-
-    def __init__(self, config: Config, roles: Sequence[str], dirs: dict[str, str]) -> None:
-        self.roles = {role: build_role(role, config, dirs) for role in roles}
-
-    def call(self, role: str, method: str, *args: Any) -> Done:
-        values = [arg.result() if isinstance(arg, Done) else arg for arg in args]
-        return Done(getattr(self.roles[role], method)(*values))
-
-    def first(self, pending: Mapping[str, Any]) -> str:
-        return next(iter(pending))
-
-    def close(self) -> None:
-        self.roles["rewards"].close()
+def roles_of(config: Config, learner: bool = True) -> list[str]:
+    """Names of a run's roles."""
+    return [*(["learner"] if learner else []), *(f"rollout-{i}" for i in range(config.rollout.num_workers)), "rewards"]
 
 
 class Remote:
@@ -214,19 +181,20 @@ class Remote:
 
         self.restarts_left = config.run.max_restarts
         self.version: int | None = None  # of the last load_weights
+        gpus = assign_gpus(config, roles, _node_gpus(self.ray))
         colocated = config.run.placement == "colocated"
         self.hosts: dict[str, Any] = {}  # role -> actor
         self.start: dict[str, Callable[[], Any]] = {}  # role -> builds its actor
         prefix = f"{config.run.name}-{os.getpid()}"
         if colocated:
-            actor = start_host("colocated", f"{prefix}-colocated", roles, config, dirs)
+            actor = start_host("colocated", f"{prefix}-colocated", roles, config, dirs, gpus[roles[0]])
             self.hosts = dict.fromkeys(roles, actor)
         else:
             for role in roles:
                 kind = role.split("-")[0]
                 attempts = iter(range(1 + config.run.max_restarts))
                 self.start[role] = lambda role=role, kind=kind, attempts=attempts: start_host(
-                    kind, f"{prefix}-{role}-{next(attempts)}", [role], config, dirs
+                    kind, f"{prefix}-{role}-{next(attempts)}", [role], config, dirs, gpus[role]
                 )
                 self.hosts[role] = self.start[role]()
         # building an actor reports its errors here, not in the middle of the first step
@@ -327,6 +295,24 @@ def start_ray(address: str) -> Any:
                 "start one with `ray start --head`, or use run.cluster: ray for a local one"
             ) from err
     return ray
+
+
+def check_gpus(config: Config) -> None:
+    """Raises ConfigError, before any long work, where a run asks for more GPUs than are there."""
+    address = config.run.cluster
+    if address == "inline" or (address == "ray" and "RAY_ADDRESS" not in os.environ):
+        nodes = [float(torch.cuda.device_count())]
+    else:
+        ray = start_ray(address)
+        try:
+            nodes = _node_gpus(ray)
+        finally:
+            ray.shutdown()
+    assign_gpus(config, roles_of(config), nodes)
+
+
+def _node_gpus(ray: Any) -> list[float]:
+    return [float(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
 def _cause(err: Any) -> BaseException:

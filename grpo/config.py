@@ -93,6 +93,11 @@ class Config(Section):
                 "model.lora; set one of the two to its default"
             )
         rollout, drafts = self.rollout, self.rollout.speculative_tokens
+        if rollout.sleep_level and rollout.engine != "vllm":
+            raise ValueError(
+                f"rollout.sleep_level {rollout.sleep_level} needs rollout.engine vllm, not {rollout.engine}; "
+                "set it to 0"
+            )
         if drafts and rollout.engine != "vllm":
             raise ValueError(f"rollout.speculative_tokens {drafts} needs rollout.engine vllm, not {rollout.engine}")
         if drafts and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0):

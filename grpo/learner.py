@@ -20,8 +20,9 @@ from grpo.auto_policy import AutoPolicy
 from grpo.config import GRPOConfig, StageConfig, SupervisedConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
-from grpo.optimizer import build_optimizer
+from grpo.optimizer import LowMemoryAdamW, build_optimizer
 from grpo.packing import pack
+from grpo.placement import release_cache, used_gib
 from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Policy, Stats
 from grpo.records import PackedBatch, StepStats, TrainingSample
 from grpo.router import router_metrics
@@ -49,16 +50,19 @@ class Learner:
         model: AnyModel | None = None,
         transport: Transport | None = None,
         delta_sync: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
         engines are held against. `model`: what to train, where it is not the policy in model_dir. `transport`: takes
-        the weights to the engines; None: object_store. `delta_sync`: see `weights`. Raises ValueError for a bad
-        directory.
+        the weights to the engines; None: object_store. `delta_sync`: see `weights`. `device`: where it computes.
+        Raises ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
         if model is None:
-            model = load_model(model_dir, dtype=getattr(torch, dtype))
+            model = load_model(model_dir, getattr(torch, dtype), device)
+        else:
+            model = model.to(device)  # type: ignore[arg-type]
         rl = isinstance(config, GRPOConfig)
         auxiliary = AuxiliaryLosses(
             mtp_loss_weight=config.mtp_loss_weight if isinstance(config, GRPOConfig | StageConfig) else 0.0,
@@ -75,7 +79,7 @@ class Learner:
         if isinstance(config, GRPOConfig) and config.beta > 0 and self.adapter is not None:
             self.reference = AdapterOff(self.policy, self.adapter)
         elif isinstance(config, GRPOConfig) and config.beta > 0:
-            frozen = load_model(reference_dir or model_dir, dtype=getattr(torch, dtype))
+            frozen = load_model(reference_dir or model_dir, getattr(torch, dtype), device)
             self.reference = _policy(frozen.requires_grad_(False))
         self.optimizer = build_optimizer(
             self.policy.master,
@@ -129,6 +133,9 @@ class Learner:
         total = _sum(updates)
         metrics = _combine(updates, total) | self.model_metrics(total)
         metrics |= {"loss": _mean(losses), "grad_norm": _mean(norms), "learning_rate": lr}
+        if self.policy.device.type == "cuda":
+            metrics["memory/learner_gib"] = used_gib()
+            release_cache()  # an engine on the same GPU may need it for the rollout
         return StepStats(self.policy_version, metrics)
 
     def update(self, batches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, float, float, Stats]:
@@ -183,7 +190,7 @@ class Learner:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, policy: Policy | AdapterOff | None = None) -> torch.Tensor:
         """[R] float32: log-probabilities of a batch's targets, without gradient."""
-        policy = policy or self.policy
+        policy, batch = policy or self.policy, batch.to(self.policy.device)
         hidden = policy.hidden(batch)[batch.source]
         return token_logprobs(hidden, policy.head_weight, batch.target, self.temperature)[0]
 
@@ -238,6 +245,7 @@ class Learner:
         prompts = [tuple(row) for row in drawn.tolist()]
         samples = [[TrainingSample(prompt[:1], prompt[1:], 1.0)] for prompt in prompts]
         (batch,) = pack(samples, 1 << 30)
+        batch = batch.to(self.policy.device)
         hidden = self.policy.hidden(batch)[batch.source]
         logprobs = token_logprobs(hidden, self.policy.head_weight, batch.target)[0]
         return Canary(tuple(prompts), tuple(tuple(row) for row in logprobs.view(len(prompts), -1).tolist()))
@@ -284,7 +292,10 @@ class Learner:
                 master.data.copy_(tensors.pop(f"{name}|master"))
             values = {k.split("|")[1]: v for k, v in tensors.items() if k.split("|")[0] == name}
             if values:
-                self.optimizer.state[master] = values
+                on_host = {"step"} if isinstance(self.optimizer, LowMemoryAdamW) else set()  # torch's counts on the GPU
+                self.optimizer.state[master] = {
+                    key: value if key in on_host else value.to(master.device) for key, value in values.items()
+                }
         numbers = json.loads((state / "learner.json").read_text())
         self.updates, self.policy_version = numbers["updates"], numbers["policy_version"]
         start = numbers.get("router_start")

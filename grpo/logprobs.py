@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 
 CHUNK_LOGITS = 1 << 22  # logits held at a time, 16 MiB in float32
+CHUNK_LOGITS_ON_A_GPU = 1 << 26  # 256 MiB: enough rows that reading the head does not dominate
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):  # type: ignore[override]
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        rows = max(1, (CHUNK_LOGITS_ON_A_GPU if hidden.is_cuda else CHUNK_LOGITS) // weight.shape[0])
         logprobs = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         for start in range(0, len(target), rows):
@@ -31,7 +32,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _):  # type: ignore[override]
         hidden, weight, target = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_weight = None  # under an adapter the head stays as it is
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(target), ctx.rows):
             part = slice(start, start + ctx.rows)
             # d logp[target] / d logits = onehot - softmax
@@ -39,8 +42,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad.scatter_add_(1, target[part, None], torch.ones_like(grad[:, :1]))
             grad = (grad * (grad_logprobs[part, None] / ctx.temperature)).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
-            grad_weight += grad.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def token_logprobs(

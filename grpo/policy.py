@@ -36,6 +36,12 @@ class AuxiliaryLosses:
     router_aux_loss_coef: float = 0.0
 
 
+def layout_of(batch: PackedBatch) -> SequenceLayout:
+    """On the batch's device."""
+    layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
+    return layout.to(batch.input_ids.device)
+
+
 class Policy(ABC):
     """A model in one process. Gradients accumulate in FP32 in `master`, whatever dtype the model computes in."""
 
@@ -47,13 +53,17 @@ class Policy(ABC):
         self.master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     @abstractmethod
     def head_weight(self) -> torch.Tensor:
         """[V, d]"""
 
     @abstractmethod
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """[T, d] before the head, without gradient."""
+        """[T, d] before the head, without gradient. The batch is on the policy's device."""
 
     @abstractmethod
     def _loss(
@@ -69,15 +79,15 @@ class Policy(ABC):
         """Adds the gradient of the sum of the micro-batches' losses to `master`; returns that sum and statistics."""
         total_rows = sum(len(b.target) for b in microbatches)
         total_samples = sum(b.num_samples for b in microbatches)
-        loss_sum, stats = 0.0, []
+        losses, stats = [], []
         for batch in microbatches:
-            loss, stat = self._loss(batch, loss_fn, total_rows, total_samples)
+            loss, stat = self._loss(batch.to(self.device), loss_fn, total_rows, total_samples)
             if loss.requires_grad:
                 loss.backward()
             self._collect()
-            loss_sum += float(loss.detach())
+            losses.append(loss.detach())
             stats.append(stat)
-        return loss_sum, stats
+        return sum((float(loss) for loss in losses), 0.0), stats  # on a GPU this is what waits for it
 
     def _collect(self) -> None:
         for parameter, master in zip(self.parameters, self.master):
@@ -121,7 +131,7 @@ class DeepseekV3Policy(Policy):
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
     ) -> tuple[torch.Tensor, Stats]:
         model, aux = self.model, self.auxiliary
-        layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
+        layout = layout_of(batch)
         out = model.forward_packed(
             batch.input_ids,
             layout,
@@ -154,8 +164,8 @@ class DeepseekV3Policy(Policy):
                 loss = loss + aux.router_aux_loss_coef * balance * batch.num_samples / total_samples
         stats["sum/expert_counts"] = counts
         if out.routes_differ is not None:
-            differ = out.routes_differ[trained]
-            stats["sum/routes_differ"], stats["sum/routed"] = differ.any(1).sum(), torch.tensor(len(differ))
+            stats["sum/routes_differ"] = (out.routes_differ.any(1) & trained).sum()
+            stats["sum/routed"] = trained.sum()
         return loss, stats
 
     @torch.no_grad()
@@ -184,8 +194,7 @@ class DeepseekV3Policy(Policy):
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """[T, d] without gradient."""
-        layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
-        return self.model.forward_packed(batch.input_ids, layout, batch.routed_experts).hidden
+        return self.model.forward_packed(batch.input_ids, layout_of(batch), batch.routed_experts).hidden
 
 
 class AdapterOff:

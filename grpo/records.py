@@ -8,7 +8,7 @@ Completion belongs to rollout, Score to rewards. R: completion tokens of a batch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,20 @@ class PackedBatch:
     routed_experts: torch.Tensor | None = None  # [T, MoE layers, K] int64; None: the model routes by itself
     stale: torch.Tensor | None = None  # [R] bool, sampled by older weights; None: no token was
     num_samples: int = 0
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """On another device; nothing waits. cu_seqlens and parent stay on the host: the layout is made of them."""
+        if self.input_ids.device == device:
+            return self
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cu_seqlens", "parent")}
+        return replace(
+            self,
+            **{
+                name: tensor.to(device, non_blocking=device.type == "cuda")
+                for name, tensor in tensors.items()
+                if isinstance(tensor, torch.Tensor)
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from grpo.data import load_rows
 from grpo.learner import Learner
 from grpo.log import RunLog
 from grpo.packing import pack
+from grpo.placement import compute_device
 from grpo.policy import LossFn, Policy, Stats
 from grpo.preferences import Example, example_losses, is_paired, measures, read_examples, right
 from grpo.prepare import fresh_run_dir, load_tokenizer, model_directory
@@ -73,7 +74,12 @@ def train_reward_model(config: Config) -> RewardTraining:
         raise ConfigError(f"column {section.label_column!r} has one value in all rows; there is nothing to learn")
     out = fresh_run_dir(config)
     learner = Learner(
-        model_dir, section, checkpointing=config.model.gradient_checkpointing, seed=config.run.seed, model=model
+        model_dir,
+        section,
+        checkpointing=config.model.gradient_checkpointing,
+        seed=config.run.seed,
+        model=model,
+        device=compute_device(config.model.device),
     )
     final = _train(config, section, learner, out, train, held_out)
     model.save_pretrained(out)
@@ -190,10 +196,8 @@ def _columns(
 def score_examples(policy: Policy, examples: Sequence[Example], max_tokens: int) -> np.ndarray:
     """[N, C] float32: the scores of N examples of C completions each."""
     completions = len(examples[0].completions)
-    found = [
-        _columns(policy.hidden(batch), policy.head_weight, batch, completions)[0]
-        for batch in pack_examples(examples, max_tokens)
-    ]
+    batches = (batch.to(policy.device) for batch in pack_examples(examples, max_tokens))
+    found = [_columns(policy.hidden(batch), policy.head_weight, batch, completions)[0] for batch in batches]
     return torch.cat(found).cpu().numpy()
 
 

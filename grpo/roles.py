@@ -12,12 +12,13 @@ import torch
 from grpo.config import Config
 from grpo.dispatch import Held
 from grpo.learner import Learner
+from grpo.placement import compute_device, release_cache, used_gib
 from grpo.prepare import reward_resources
 from grpo.transport import build_transport
 from grpo.weight_sync import Bucket, unpack
 from rewards import RewardInput, Score, build_rewards
 from rollout import Completion, build_engine
-from rollout.engine import Adapted, Checked, Speculating
+from rollout.engine import Adapted, Checked, Sleeping, Speculating
 
 
 class RolloutRole:
@@ -33,7 +34,7 @@ class RolloutRole:
             enable_return_routed_experts=rollout.replay_routing or config.grpo.router_policy == "rollout",
             **_engine_options(config),
         )
-        self.check = rollout.weight_check
+        self.check, self.asleep = rollout.weight_check, False
         self.transport = build_transport(config, name, weight_dir)
         self.begun: dict[tuple[int, int], int] = {}  # (batch, index) -> number of the engine's request
 
@@ -81,6 +82,22 @@ class RolloutRole:
             raise
         return done | {places[number]: group for number, group in self.engine.abort().items()}
 
+    def sleep(self, level: int) -> dict[str, float]:
+        """The engine gives back its GPU memory until weights come; does nothing where it sleeps already."""
+        assert isinstance(self.engine, Sleeping), f"{type(self.engine).__name__} does not sleep"
+        before = used_gib()
+        if not self.asleep:
+            self.engine.sleep(level)
+            release_cache()
+        self.asleep = True
+        return {"memory/rollout_gib": before, "memory/released_gib": before - used_gib()}
+
+    def _wake(self, *tags: str) -> None:
+        if self.asleep:
+            assert isinstance(self.engine, Sleeping)
+            release_cache()
+            self.engine.wake_up(tags)
+
     def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, float]:
         """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"},
         and "drafted" and "accepted" tokens since the last time where the engine speculates.
@@ -89,7 +106,10 @@ class RolloutRole:
         ConnectionError if they stopped coming.
         """
         weights = unpack(buckets, version, self.transport.fetch)
+        self._wake("weights")
         self.engine.load_weights(weights, version, buckets[0].base)
+        self._wake("kv_cache")
+        self.asleep = False
         start, canary = time.perf_counter(), buckets[0].canary
         if isinstance(self.engine, Checked) and self.check != "off":
             if self.check == "full":
@@ -110,11 +130,14 @@ def _engine_options(config: Config) -> dict[str, Any]:
         return {
             "dtype": config.model.dtype,
             "speculative_tokens": rollout.speculative_tokens,
-            "lora": None if lora is None or rollout.lora == "merged" else lora.model_dump(),
+            # an engine that drops its weights in sleep must get them all again
+            "lora": None if lora is None or rollout.lora == "merged" or rollout.sleep_level == 2 else lora.model_dump(),
+            "sleep_mode": rollout.sleep_level > 0,
             **rollout.engine_options,
         }
     return {
         "dtype": getattr(torch, config.model.dtype),
+        "device": compute_device(config.model.device),
         "page_size": rollout.page_size,
         "num_pages": rollout.num_pages,
         "exact": rollout.exact,
@@ -151,7 +174,8 @@ def learner_role(config: Config, model_dir: str, reference_dir: str, weight_dir:
         canaries=config.rollout.engine == "vllm" and config.rollout.weight_check != "off",
         seed=config.run.seed,
         transport=build_transport(config, "learner", weight_dir),
-        delta_sync=config.rollout.delta_sync,
+        delta_sync=config.rollout.delta_sync and config.rollout.sleep_level < 2,  # what is dropped must come back whole
+        device=compute_device(config.model.device),
     )
 
 

@@ -19,10 +19,13 @@ def trained_tokens(batch: PackedBatch, segment_ids: torch.Tensor) -> torch.Tenso
     Prompt (once, where it is shared) and completion of every sample that takes part, i.e. has a weight above 0; not a
     completion's last token, which is a target and no input.
     """
-    active = torch.zeros_like(batch.parent, dtype=torch.bool)  # [S]
-    active[segment_ids[batch.source[batch.weights > 0]]] = True
-    active[batch.parent[active & (batch.parent >= 0)]] = True
-    return active[segment_ids]
+    parent = batch.parent.to(segment_ids.device, non_blocking=True)  # [S]
+    rows = segment_ids[batch.source]  # [R]
+    # counted, not indexed by a mask, for which the host would wait
+    active = torch.zeros_like(parent).index_add_(0, rows, (batch.weights > 0).to(parent.dtype))  # [S]
+    children = (active > 0) & (parent >= 0)
+    active = active.index_add(0, parent.clamp(min=0), children.to(parent.dtype))
+    return (active > 0)[segment_ids]
 
 
 def rollout_counts(groups: Sequence[Group]) -> torch.Tensor:

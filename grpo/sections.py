@@ -31,7 +31,9 @@ class RunConfig(Section):
     cluster: str = "ray"
     """`inline`: one process; `ray`: a local Ray cluster; anything else: the address of a running one (`auto` too)."""
     placement: Literal["separate", "colocated"] = "separate"
-    """On Ray: an actor for each role, or one actor that hosts all of them."""
+    """On Ray: an actor for each role, or one actor that hosts all of them and has the GPUs of the largest."""
+    learner_gpus: float = Field(default=1.0, gt=0, le=1)
+    """On Ray with GPUs: what the learner's actor asks for. Below 1: a share, of a GPU with others that ask for one."""
     seed: int = 0
     """Seeds the model's initial weights, the order of the data and every draw."""
     threads: int = Field(default=1, ge=1)
@@ -85,6 +87,8 @@ class ModelConfig(Section):
     """Of computation. Master weights, gradients accumulated over micro-batches and the optimiser are always float32."""
     fp8: Literal["off"] = "off"
     """FP8 MoE updates."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner and the embedded engine compute. auto: on a GPU where torch sees one."""
     gradient_checkpointing: bool = False
     """Recompute activations of each layer in the backward pass: less memory, about a third more time."""
 
@@ -183,6 +187,13 @@ class RolloutConfig(Section):
     """embedded: paged latents, continuous batching, on any device. vllm: vLLM in the same process, from an extra."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
     """vllm: further options of vllm.LLM, e.g. tensor_parallel_size, gpu_memory_utilization, quantization."""
+    gpus_per_worker: float | None = Field(default=None, gt=0)
+    """On Ray with GPUs: what an engine's actor asks for; below 1: a share of one. null: vllm: tensor_parallel_size x
+    pipeline_parallel_size of engine_options; embedded: 1, or none where model.device is cpu."""
+    sleep_level: Literal[0, 1, 2] = 0
+    """vllm on a GPU that it shares with the learner: what an engine gives back from the last sample of a step until the
+    next weights. 1: its cache, and its weights wait in host memory; 2: both are dropped, and every push sends all
+    tensors, whatever delta_sync says. 0: nothing."""
     weight_check: Literal["full", "canary", "off"] = "full"
     """vllm, after each push of weights. full: every tensor as it lies in the engine, and log-probabilities of canary
     prompts; canary: these alone. A mismatch stops the run before a sample is drawn."""

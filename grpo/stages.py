@@ -18,6 +18,7 @@ from grpo.evaluate import is_right
 from grpo.learner import Learner, nll_loss
 from grpo.log import RunLog
 from grpo.packing import pack
+from grpo.placement import compute_device
 from grpo.prepare import Prepared, cached, load_tokenizer, reward_resources
 from grpo.progress import Progress
 from grpo.records import Prompt, TrainingSample
@@ -98,7 +99,13 @@ def _train(
     tokenizer: Any,
     probe: Sequence[Prompt],
 ) -> None:
-    learner = Learner(model_dir, stage, dtype=config.model.dtype, checkpointing=config.model.gradient_checkpointing)
+    learner = Learner(
+        model_dir,
+        stage,
+        dtype=config.model.dtype,
+        checkpointing=config.model.gradient_checkpointing,
+        device=compute_device(config.model.device),
+    )
     batches = shuffled_batches(examples, stage.batch_size, config.run.seed)
     # where a router comes from random weights, that it leaves them is no alarm
     alarms = Alarms({name: value for name, value in config.run.alarms.items() if name != "router/drift"})

@@ -12,12 +12,13 @@ import torch
 
 from grpo.alarms import Alarms
 from grpo.checkpoint import last_checkpoint, save_checkpoint
-from grpo.cluster import Cluster, RunFailure
+from grpo.cluster import Cluster, RunFailure, check_gpus
 from grpo.config import Config
 from grpo.data import PromptCursor
 from grpo.log import RunLog, load_metrics
 from grpo.loop import Run, run_loop
 from grpo.partial import Rollouts
+from grpo.placement import check_learner_fits
 from grpo.prepare import Prepared, fresh_run_dir, prepare, run_config
 from grpo.progress import Progress
 from grpo.report import write_report
@@ -59,9 +60,12 @@ class GRPOTrainer:
         """Prepares, trains and reports. Raises ValueError for bad input before any long work, RunFailure later."""
         started, config = time.monotonic(), self.config
         torch.set_num_threads(config.run.threads)
+        check_gpus(config)
         prepared = prepare(config)
+        model = read_config(prepared.model_dir)
+        check_learner_fits(config, model)
         if config.model.lora is not None:
-            adapter_shapes(read_config(prepared.model_dir), config.model.lora.model_dump())
+            adapter_shapes(model, config.model.lora.model_dump())
         checkpoint = last_checkpoint(Path(config.run.output_dir)) if self.resume else None
         run_dir = Path(config.run.output_dir) if self.resume else fresh_run_dir(config)
         start_dir = warm_start(prepared) if config.sft is not None else prepared.model_dir

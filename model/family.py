@@ -47,11 +47,12 @@ def read_config(directory: str | Path, family: str = "auto") -> AnyConfig:
     return auto_config(directory)
 
 
-def load_model(directory: str | Path, dtype: torch.dtype | None = None) -> AnyModel:
+def load_model(directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> AnyModel:
     """The model of a directory; dtype None: the one its config names. Raises ValueError."""
     if family_of(directory) == "deepseek_v3":
-        return DeepseekV3ForCausalLM.from_pretrained(directory, dtype=dtype)
-    return load_auto(directory, dtype)
+        return DeepseekV3ForCausalLM.from_pretrained(directory, dtype=dtype, device=device)
+    model: Any = load_auto(directory, dtype)
+    return model.to(device)
 
 
 def empty_model(config: AnyConfig) -> AnyModel:

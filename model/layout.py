@@ -125,11 +125,13 @@ class SequenceLayout:
         """The same layout with its index tensors on another device."""
         if self.restore.device == torch.device(device):
             return self
+        ahead = torch.device(device).type == "cuda"  # the host goes on: it does not change what it copies
         moved = {
-            name: getattr(self, name).to(device)
+            name: getattr(self, name).to(device, non_blocking=ahead)
             for name in ("cu_seqlens", "parent", "position_ids", "segment_ids", "restore")
         }
-        return replace(self, buckets=tuple(Bucket(b.pad_index.to(device)) for b in self.buckets), **moved)
+        buckets = tuple(Bucket(b.pad_index.to(device, non_blocking=ahead)) for b in self.buckets)
+        return replace(self, buckets=buckets, **moved)
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Packed x # [T, ...] -> for each bucket its padded rows # [B, L, ...]."""

@@ -67,6 +67,19 @@ class Checked(Protocol):
 
 
 @runtime_checkable
+class Sleeping(Protocol):
+    """An engine that can give back its GPU memory while it does not sample."""
+
+    def sleep(self, level: int) -> None:
+        """1: the cache, and weights to host memory; 2: both are dropped, and the next load must be whole."""
+        ...
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """`weights` before a load, `kv_cache` after it."""
+        ...
+
+
+@runtime_checkable
 class Speculating(Protocol):
     """An engine that may draft tokens with an MTP layer."""
 
@@ -86,9 +99,9 @@ def build_engine(model_or_dir: Any, engine: str = "embedded", **options: Any) ->
     """An engine over a model (model.family.AnyModel) or a HF directory.
 
     Options of "embedded": max_num_seqs, page_size, num_pages, exact, enable_return_routed_experts, eos_token_ids,
-    dtype (of a directory). A model of another architecture than DeepSeek-V3 gets a plain engine over transformers,
-    which has no pages and returns no experts. Options of "vllm" (a directory only): see rollout.vllm_engine. Raises
-    ValueError for an unknown engine.
+    dtype and device (of a directory). A model of another architecture than DeepSeek-V3 gets a plain engine over
+    transformers, which has no pages and returns no experts. Options of "vllm" (a directory only): see
+    rollout.vllm_engine. Raises ValueError for an unknown engine.
     """
     if engine == "vllm":
         from rollout.vllm_engine import VllmEngine
@@ -98,9 +111,9 @@ def build_engine(model_or_dir: Any, engine: str = "embedded", **options: Any) ->
         return VllmEngine(model_or_dir, **options)
     if engine != "embedded":
         raise ValueError(f"rollout.engine is {engine!r}; the engines are 'embedded' and 'vllm'")
-    dtype = options.pop("dtype", None)
+    dtype, device = options.pop("dtype", None), options.pop("device", "cpu")
     if isinstance(model_or_dir, str | Path):
-        model_or_dir = load_model(model_or_dir, dtype)
+        model_or_dir = load_model(model_or_dir, dtype, device)
     if not isinstance(model_or_dir, DeepseekV3ForCausalLM):
         from rollout.auto_engine import AutoEngine
 

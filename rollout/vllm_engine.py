@@ -49,11 +49,12 @@ class VllmEngine:
         kv_cache_gb: float = 0.0,
         speculative_tokens: int = 0,
         lora: Mapping[str, Any] | None = None,
+        sleep_mode: bool = False,
         **options: Any,
     ) -> None:
         """max_model_len 0: the model's. kv_cache_gb 0: a share of the memory on a GPU, 1 on a CPU. speculative_tokens:
         drafted at a time by the model's MTP layer. lora: fields of peft's LoraConfig of an adapter that will be pushed,
-        if that is possible (`why_merged`). `options` go to vllm.LLM as they are.
+        if that is possible (`why_merged`). sleep_mode: `sleep` can be called. `options` go to vllm.LLM as they are.
         """
         LLM = _vllm().LLM
         on_cpu = not _cuda()
@@ -69,6 +70,10 @@ class VllmEngine:
             defaults["enable_prefix_caching"] = False
         elif enable_return_routed_experts:  # by vLLM: inside a CUDA graph nothing of ours runs
             defaults["enable_return_routed_experts"] = True
+        if sleep_mode and on_cpu:
+            raise ValueError("sleep_mode gives back memory of a GPU, and vLLM sees none here; leave it out")
+        if sleep_mode:
+            defaults["enable_sleep_mode"] = True
         self.speculative_tokens = speculative_tokens
         self.published = _published(Path(model_dir))
         if speculative_tokens:
@@ -237,6 +242,16 @@ class VllmEngine:
                 f"canary prompts under version {self.policy_version}: log-probabilities of vLLM differ from the "
                 f"learner's by {error:.2g} ({'at most' if exact else 'on average'} {cap:g} is allowed)"
             )
+
+    def sleep(self, level: int) -> None:
+        """See rollout.engine.Sleeping."""
+        assert not self.open, "an engine sleeps between generations only"
+        self.whole = self.whole and level < 2
+        self.llm.sleep(level=level)
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """See rollout.engine.Sleeping."""
+        self.llm.wake_up(tags=list(tags))
 
     def speculated(self) -> dict[str, float]:
         """See rollout.engine.Speculating."""

@@ -124,7 +124,8 @@ def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
     start = 0
     for part, weight in zip(names, weights):
         rows = slice(start, start := start + len(weight))
-        yield _product(part, out[:, rows], x, weight)
+        # FP8 rounds rows and weights: in the shortest products (kv_b_proj, 512) that comes to 1e-2 now and then
+        yield _product(part, out[:, rows], x, weight, factor=2.0 if module.weight.dtype.itemsize == 1 else 1.0)
         bias = f"{part.removesuffix('weight')}bias"
         if bias in pushed:
             yield from _bytes(bias, module.bias[rows], pushed)
@@ -140,10 +141,10 @@ def _head(module: Any, pushed: Pushed, source: str) -> Iterator[Check]:
         yield _product("lm_head.weight", out[:, : len(weight)], x, weight)
 
 
-def _product(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Check:
+def _product(name: str, got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, factor: float = 1.0) -> Check:
     """got [ROWS, out] against x @ weight.T."""
     size = x.float().norm(dim=1, keepdim=True) * weight.norm(dim=1, dtype=torch.float32)
-    return [f"{name} computes something else than what was pushed"], _off(got, F.linear(x, weight), size)
+    return [f"{name} computes something else than what was pushed"], _off(got, F.linear(x, weight), size, factor)
 
 
 def _experts(name: str, experts: Any, pushed: Pushed) -> Iterator[Check]:

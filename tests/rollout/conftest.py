@@ -1,6 +1,6 @@
 """A tiny model for engine tests, with random norms and router biases, so that a mistake in either shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import DeepseekV3Config, DeepseekV3ForCausalLM
+from rollout.vllm_engine import VllmEngine
 
 TINY = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
@@ -43,6 +44,20 @@ VLLM_TINY: dict[str, Any] = {
     "initializer_range": 0.12,  # large, so that any wrong weight shows
     "eos_token_id": 1,
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_engines() -> Iterator[None]:
+    """vLLM's process groups are the process's: an engine that is dropped would take those of the others along."""
+    kept, build = [], VllmEngine.__init__
+
+    def building(self: VllmEngine, *args: Any, **options: Any) -> None:
+        kept.append(self)
+        build(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VllmEngine, "__init__", building)
+        yield
 
 
 @pytest.fixture(autouse=True)

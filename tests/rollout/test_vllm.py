@@ -158,10 +158,10 @@ def test_after_every_push_the_engine_is_a_fresh_one(engine: Any, policy: Any, tm
         engine.load_weights(weights, push)
         engine.check_weights(weights)
         model.save_pretrained(tmp_path / str(push))
-        KEPT.append(build_engine(tmp_path / str(push), "vllm", **OPTIONS))
+        fresh = build_engine(tmp_path / str(push), "vllm", **OPTIONS)
         got = drawn(engine)
         assert {c.policy_version for c in got} == {push}
-        assert [(c.token_ids, c.logprobs) for c in got] == [(c.token_ids, c.logprobs) for c in drawn(KEPT[-1])], push
+        assert [(c.token_ids, c.logprobs) for c in got] == [(c.token_ids, c.logprobs) for c in drawn(fresh)], push
         greedy_by_transformers(tmp_path / str(push), got)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -180,9 +180,6 @@ def greedy_by_transformers(directory: Path, completions: list[Any]) -> None:
             completion.logprobs, own.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0], atol=1e-4
         )
         np.testing.assert_allclose(completion.logprobs, own.amax(1), atol=1e-4)
-
-
-KEPT: list[Any] = []
 
 
 def swapped(name: str) -> Any:
@@ -310,7 +307,6 @@ def test_rope_that_vllm_computes_wrong_in_eager_mode_is_found(directory: Path) -
     rotary_embedding._ROPE_DICT.clear()  # it keeps layers of earlier engines, built with the right settings
     canary = Learner(directory, GRPOConfig(), canaries=True).canary()
     wrong = build_engine(directory, "vllm", compilation_config={"custom_ops": ["all"]}, **OPTIONS)
-    KEPT.append(wrong)
     with pytest.raises(WeightFault, match="canary prompts under version 0"):
         wrong.check_canary(canary.prompts, canary.logprobs)  # type: ignore[attr-defined]
     rotary_embedding._ROPE_DICT.clear()  # nor may later engines get this one's

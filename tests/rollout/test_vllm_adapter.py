@@ -29,7 +29,7 @@ from model.names import PEFT_PREFIX
 from rollout import WeightFault, build_engine
 from rollout.vllm_lora import why_merged
 from tests.rollout.conftest import VLLM_TINY
-from tests.rollout.test_vllm_auto import GREEDY, KEPT, PROMPTS, saved
+from tests.rollout.test_vllm_auto import GREEDY, PROMPTS, saved
 from tests.weights import unpacked
 
 pytestmark = [
@@ -58,7 +58,6 @@ class Pair:
     def __init__(self, directory: Path, lora: dict[str, Any], **model: Any) -> None:
         self.config = config(directory, lora, model=model)
         self.role = RolloutRole(self.config, str(directory))
-        KEPT.append(self.role)
         assert self.role.why_merged() == ""
         self.learner = learner_role(self.config, *[str(directory)] * 3)
         self.learner.send_adapter()
@@ -118,7 +117,6 @@ def the_adapter_is_what_the_engine_computes_with(pair: Pair, directory: Path, ou
     moved = max(np.abs(np.subtract(a[1][:1], b[1][:1])).max() for a, b in zip(start, got))
     assert moved > 1e-2
     revived = RolloutRole(pair.config, str(directory))
-    KEPT.append(revived)
     revived.load_weights(pair.learner.weights(), pair.learner.policy_version)
     assert drawn(revived.engine) == got
     pair.push()  # everything once more
@@ -222,7 +220,6 @@ def test_an_adapter_with_a_tensor_too_few_or_too_many_is_refused(pair: Pair, fau
 
 def test_merged_by_choice(directory: Path) -> None:
     role = RolloutRole(config(directory, {"r": 4, "lora_alpha": 8}, rollout={"lora": "merged"}), str(directory))
-    KEPT.append(role)
     assert role.why_merged() == "rollout.lora is merged"
     learner = Learner(directory, GRPOConfig(), lora={"r": 4, "lora_alpha": 8}, canaries=True)
     role.load_weights(learner.weights(), 0)
@@ -260,7 +257,6 @@ def test_a_run_and_its_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The line that says how the adapter travels, pushes of its size, policy and engine equal, resume too."""
-    monkeypatch.setattr(Cluster, "close", lambda self: KEPT.append(self))
     tokenizer = build_tokenizer(yaml.safe_load((ROOT / "configs" / "tiny_v3.yaml").read_text())["tokenizer"])
     directory = saved("qwen2", tmp_path / "model", tie_word_embeddings=True)
     tokenizer.save_pretrained(directory)

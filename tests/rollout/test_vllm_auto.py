@@ -37,7 +37,6 @@ SIZES: dict[str, Any] = {
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_gb": 0.03}
 PROMPTS = [np.random.default_rng(i).integers(3, 60, 2 + 3 * i % 17).tolist() for i in range(12)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10)
-KEPT: list[Any] = []  # dropping one engine tears down the others
 
 
 def saved(kind: str, path: Path, **changes: Any) -> Path:
@@ -59,8 +58,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(directory: Path) -> Any:
-    KEPT.append(build_engine(directory, "vllm", **OPTIONS))
-    return KEPT[-1]
+    return build_engine(directory, "vllm", **OPTIONS)
 
 
 def drawn(engine: Any) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
@@ -89,9 +87,9 @@ def pushes_end_in_a_fresh_engine(directory: Path, engine: Any, out: Path) -> Non
     for version in (1, 2, 3):
         push(learner, engine, version)
     learner.save(out)
-    KEPT.append(build_engine(out, "vllm", **OPTIONS))
+    fresh = build_engine(out, "vllm", **OPTIONS)
     got = drawn(engine)
-    assert got == drawn(KEPT[-1]) != start
+    assert got == drawn(fresh) != start
     for (tokens, logprobs), (ours, own) in zip(got, drawn(build_engine(out))):
         assert tokens == ours
         np.testing.assert_allclose(logprobs, own, atol=1e-4)
@@ -103,8 +101,8 @@ def test_tied_heads_and_biases(engine: Any, directory: Path, tmp_path: Path) -> 
 
 def test_untied_heads_and_norms_of_queries(tmp_path: Path) -> None:
     directory = saved("qwen3", tmp_path / "qwen3", head_dim=32)
-    KEPT.append(build_engine(directory, "vllm", **OPTIONS))
-    pushes_end_in_a_fresh_engine(directory, KEPT[-1], tmp_path / "out")
+    engine = build_engine(directory, "vllm", **OPTIONS)
+    pushes_end_in_a_fresh_engine(directory, engine, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ pytestmark = [
 ]
 OPTIONS: dict[str, Any] = {"kv_cache_gb": 0.03}
 PROMPTS = [np.random.default_rng(i).integers(3, 96, 2 + 3 * i % 23).tolist() for i in range(12)]
-KEPT: list[Any] = []  # vLLM's process groups are the process's: an engine that goes takes those of others along
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,6 @@ def directory(vllm_tiny: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def role(directory: Path) -> RolloutRole:
     role = RolloutRole(Config(rollout=RolloutConfig(engine="vllm", engine_options=OPTIONS)), str(directory))
-    KEPT.append(role)
     return role
 
 
@@ -86,7 +84,6 @@ def test_every_unit_may_come_alone(learner: Learner, role: RolloutRole, tmp_path
         role.engine.check_weights([(name, tensor.clone()) for name, tensor in hf_state(model)])  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path / "model")
     fresh = build_engine(tmp_path / "model", "vllm", dtype="float32", **OPTIONS)
-    KEPT.append(fresh)
     assert drawn(role.engine) == drawn(fresh)
 
 
@@ -106,7 +103,6 @@ def test_a_change_of_attention_sends_under_5_percent(learner: Learner, role: Rol
         assert 0 < role.load_weights(made, version)["bytes"] < 0.05 * whole
     learner.save(tmp_path / "merged")
     fresh = build_engine(tmp_path / "merged", "vllm", dtype="float32", **OPTIONS)
-    KEPT.append(fresh)
     assert drawn(fresh) == drawn(role.engine) != before
 
 

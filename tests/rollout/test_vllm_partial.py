@@ -109,7 +109,9 @@ def test_a_continuation_has_draws_of_its_own(engine: Any, monkeypatch: pytest.Mo
     given: list[tuple[int, int]] = []
     add = engine.engine.add_request
     monkeypatch.setattr(
-        engine.engine, "add_request", lambda *args: given.append((args[2].seed, args[2].max_tokens)) or add(*args)
+        engine.engine,
+        "add_request",
+        lambda *args, **kwargs: given.append((args[2].seed, args[2].max_tokens)) or add(*args, **kwargs),
     )
     begun = stopped(engine, 3)
     first, given[:] = list(given), []

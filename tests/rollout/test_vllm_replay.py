@@ -47,16 +47,12 @@ def groups(directory: Path) -> list[Group]:
     rng = np.random.default_rng(0)
     prompts = [Prompt(f"p{i}", "", tuple(rng.integers(3, 96, 2 + 3 * i % 23).tolist())) for i in range(24)]
     role = RolloutRole(CONFIG, str(directory))
-    KEPT.append(role)
     completions = role.engine.generate([p.token_ids for p in prompts], [sampling_params(CONFIG, p) for p in prompts])
     groups = [
         Group(p, tuple(Sample(p, i, c, "", Score(float(rng.random()))) for i, c in enumerate(group)))
         for p, group in zip(prompts, completions)
     ]
     return with_advantages(groups, CONFIG)
-
-
-KEPT: list[Any] = []  # vLLM's process groups are the process's: an engine that goes takes those of others along
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ pytestmark = [
 OPTIONS: dict[str, Any] = {"kv_cache_gb": 0.03}
 PROMPTS = [np.random.default_rng(i).integers(3, 96, 2 + 3 * i % 23).tolist() for i in range(24)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-KEPT: list[Any] = []  # vLLM's process groups are the process's: an engine that goes takes those of others along
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,6 @@ def role(request: pytest.FixtureRequest, directory: Path) -> RolloutRole:
         engine="vllm", engine_options=OPTIONS, speculative_tokens=request.param, replay_routing=True
     )
     role = RolloutRole(Config(rollout=rollout), str(directory))
-    KEPT.append(role)
     return role
 
 
@@ -122,7 +120,6 @@ def test_acceptance_is_a_metric_of_the_sync(directory: Path) -> None:
     rollout = RolloutConfig(engine="vllm", engine_options=OPTIONS, speculative_tokens=2, max_completion_length=12)
     config = Config(run=RunConfig(cluster="inline"), rollout=rollout, rewards={"length": {"weight": 1.0, "max": 6}})
     cluster = Cluster(config, directory, directory)
-    KEPT.append(cluster)
     assert cluster.sync_weights(0)["rollout/draft_acceptance"] == 0  # nothing sampled yet
     answers = cluster.sample(PROMPTS, [dataclasses.replace(GREEDY, n=1)] * len(PROMPTS))
     assert [len(group[0].token_ids) for group in answers] == [24] * len(PROMPTS)

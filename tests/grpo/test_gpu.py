@@ -1,0 +1,159 @@
+"""The learner and the embedded engine on a GPU against the same on the CPU. Runs where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from grpo import GRPOTrainer
+from grpo.config import GRPOConfig
+from grpo.learner import Learner
+from grpo.packing import pack
+from grpo.placement import compute_device
+from grpo.records import PackedBatch, TrainingSample
+from model.create import build_tokenizer, create_model
+from rollout import Completion, SamplingParams, build_engine
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ROOT = Path(__file__).resolve().parents[2]
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": []}
+CASES: dict[str, dict[str, Any]] = {
+    "all weights": {"config": GRPOConfig(learning_rate=1e-3, beta=0.1, router_policy="update", max_steps=4)},
+    "MTP and balance": {
+        "config": GRPOConfig(learning_rate=1e-3, mtp_loss_weight=0.3, router_aux_loss_coef=0.01, max_steps=4)
+    },
+    "recomputed": {"config": GRPOConfig(learning_rate=1e-3, num_iterations=2, max_steps=4), "checkpointing": True},
+    "adapter": {"config": GRPOConfig(learning_rate=1e-3, beta=0.1, max_steps=4), "lora": LORA},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = yaml.safe_load((ROOT / "configs" / "tiny_v3.yaml").read_text())
+    spec["config"]["initializer_range"] = 0.1
+    directory = tmp_path_factory.mktemp("tiny")
+    create_model(spec, directory, seed=0)
+    return directory
+
+
+def minibatches(seed: int, routes: bool = False) -> list[list[PackedBatch]]:
+    """A mini-batch of three groups of four random samples in two micro-batches."""
+    rng = np.random.default_rng(seed)
+
+    def sample(prompt: tuple[int, ...]) -> TrainingSample:
+        ids = tuple(rng.integers(0, 50, 9).tolist())
+        chosen = np.array([rng.permutation(8)[:2] for _ in range(2 * 14)]).reshape(14, 2, 2) if routes else None
+        return TrainingSample(
+            prompt, ids, 1 / 108, float(rng.normal()), tuple(rng.uniform(-5, -3, 9).tolist()), routed_experts=chosen
+        )
+
+    prompts = [tuple(rng.integers(0, 50, 6).tolist()) for _ in range(3)]
+    return [pack([[sample(prompt) for _ in range(4)] for prompt in prompts], 90)]
+
+
+def trained(directory: Path, device: str, steps: int, **options: Any) -> tuple[Learner, list[dict[str, float]]]:
+    learner = Learner(directory, device=torch.device(device, 0) if device == "cuda" else device, **options)
+    return learner, [dict(learner.step(minibatches(step, routes=True)).metrics) for step in range(steps)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_are_those_of_the_cpu(case: str, tiny: Path) -> None:
+    if "lora" in CASES[case]:
+        pytest.importorskip("peft")
+    (on_cpu, want), (on_gpu, got) = (trained(tiny, device, 3, **CASES[case]) for device in ("cpu", "cuda"))
+    assert {p.device.type for p in on_gpu.policy.master} == {"cuda"}
+    for a, b in zip(want, got):
+        assert set(b) - set(a) == {"memory/learner_gib"}
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    for a, b in zip(on_cpu.policy.master, on_gpu.policy.master):
+        torch.testing.assert_close(b.cpu(), a, rtol=0, atol=2e-4)
+    a, b = on_cpu.canary(), on_gpu.canary()
+    assert a.prompts == b.prompts
+    np.testing.assert_allclose(b.logprobs, a.logprobs, atol=2e-3)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resume_goes_on_as_if_never_stopped(dtype: str, moments: str, tiny: Path, tmp_path: Path) -> None:
+    config = GRPOConfig(learning_rate=1e-3, adam_moment_dtype=moments, max_steps=4)  # type: ignore[arg-type]
+    learner, _ = trained(tiny, "cuda", 2, config=config, dtype=dtype)
+    learner.save(tmp_path / "saved")
+    resumed = Learner(tiny, config, dtype=dtype, device=torch.device("cuda", 0))
+    resumed.load(tmp_path / "saved")
+    with_more = [one.step(minibatches(7)).metrics for one in (learner, resumed)]
+    for name in ("loss", "grad_norm", "entropy"):
+        assert with_more[0][name] == pytest.approx(with_more[1][name], rel=1e-4)
+    for a, b in zip(learner.policy.master, resumed.policy.master):  # sums on a GPU come in any order
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if dtype == moments == "float32" else 3e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_embedded_engine_agrees_with_the_learner(dtype: str, tiny: Path) -> None:
+    device, prompts = compute_device("auto"), [[5, 6, 7, 8 + i] for i in range(6)]
+    engine = build_engine(
+        tiny, dtype=getattr(torch, dtype), device=device, enable_return_routed_experts=True, max_num_seqs=16
+    )
+    groups = engine.generate(prompts, SamplingParams(n=3, max_tokens=20, seed=1, ignore_eos=True))
+    learner = Learner(tiny, GRPOConfig(), dtype=dtype, device=device)
+
+    def sample(prompt: list[int], c: Completion) -> TrainingSample:
+        return TrainingSample(
+            tuple(prompt), c.token_ids, 1.0, rollout_logprobs=c.logprobs, routed_experts=c.routed_experts
+        )
+
+    samples = [[sample(prompt, c) for c in group] for prompt, group in zip(prompts, groups)]
+    (batch,) = pack(samples, 10000)
+    gap = (learner.logprobs(batch).cpu() - batch.rollout_logprobs).abs()
+    assert float(gap.max()) < (1e-4 if dtype == "float32" else 0.3)
+    assert float(gap.mean()) < (1e-5 if dtype == "float32" else 3e-2)
+
+
+def test_another_architecture_trains_on_a_gpu(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = build_tokenizer(yaml.safe_load((ROOT / "configs" / "tiny_v3.yaml").read_text())["tokenizer"])
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("qwen2", vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
+    )
+    model.save_pretrained(tmp_path)
+    (_, want), (on_gpu, got) = (trained_plain(tmp_path, device) for device in ("cpu", "cuda"))
+    assert on_gpu.policy.device.type == "cuda"
+    assert got["loss"] == pytest.approx(want["loss"], abs=1e-4)
+    assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-3)
+
+
+def trained_plain(directory: Path, device: str) -> tuple[Learner, dict[str, float]]:
+    learner = Learner(directory, GRPOConfig(learning_rate=1e-3), device=device)
+    return learner, dict(learner.step(minibatches(0)).metrics)
+
+
+def test_a_whole_run_on_a_gpu(tmp_path: Path) -> None:
+    """Warm start, steps, evaluation, checkpoint and resume."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(9) for b in range(9)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "run": {"cluster": "inline", "output_dir": str(tmp_path / "run"), "save_steps": 1},
+        "model": {"init": str(ROOT / "configs" / "tiny_v3.yaml"), "device": "cuda"},
+        "data": {"path": str(tmp_path / "sums.jsonl"), "completion_template": "<answer>{answer}</answer>"},
+        "rollout": {"max_completion_length": 8},
+        "rewards": {"exact_match": {"weight": 1.0, "tag": "answer"}},
+        "sft": {"max_steps": 5, "batch_size": 16},
+        "grpo": {"max_steps": 2, "prompts_per_step": 4, "num_generations": 4},
+    }
+    result = GRPOTrainer(content).train()
+    assert result.accuracy_after is not None
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows[1:]) < 1e-3
+    assert all(row["memory/learner_gib"] > 0 for row in rows[1:])
+    GRPOTrainer(None, ["--grpo.max_steps=3"], resume=str(tmp_path / "run")).train()
+    assert (tmp_path / "run" / "checkpoints" / "step_3").is_dir()
