@@ -253,7 +253,9 @@ def test_when_adapters_are_merged(directory: Path, changes: dict[str, Any], reas
     assert (reason in why_merged(**given)) if reason else why_merged(**given) == ""
 
 
-def test_a_run_and_its_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_and_its_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The line that says how the adapter travels, pushes of its size, policy and engine equal, resume too."""
     tokenizer = build_tokenizer(yaml.safe_load((ROOT / "configs" / "tiny_v3.yaml").read_text())["tokenizer"])
     directory = saved("qwen2", tmp_path / "model", tie_word_embeddings=True)
