@@ -106,13 +106,20 @@ class Experts(nn.Module):
         0.54 / 2.9 ms; the same with hand-written backwards 0.63 / 2.8 ms; with bmm over K 1.6 / 5.2 ms.
         Sorting takes 0.02 / 0.07 ms.
         """
-        order = routing.experts.flatten().argsort(stable=True)  # [T K], by expert, tokens in order within one
-        token = order // routing.experts.shape[1]  # [T K]
-        ends = routing.counts.cumsum(0).to(torch.int32)  # [E]
+        order, token, ends = by_expert(routing)
         gate, up = grouped_linear(x.index_select(0, token), self.gate_up_proj, ends).chunk(2, dim=-1)
         y = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # [T K, d]
         weight = routing.weights.flatten().index_select(0, order).to(y.dtype)  # [T K]
         return torch.zeros_like(x).index_add(0, token, y * weight[:, None])
+
+
+def by_expert(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """The T K choices sorted by expert, tokens in order within one: (their indices # [T K], token of each # [T K], ends).
+
+    Choices ends[e-1]:ends[e] are those of expert e, ends # [E] int32.
+    """
+    order = routing.experts.flatten().argsort(stable=True)
+    return order, order // routing.experts.shape[1], routing.counts.cumsum(0).to(torch.int32)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

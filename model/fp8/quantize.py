@@ -16,23 +16,29 @@ TINY = 2.0**-100  # taken for the largest value of a block of zeros; far from FP
 
 
 def quantize_blocks(weight: Tensor, block: tuple[int, int] = BLOCK, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-    """Finite weight # [.., M, K] -> codes float8_e4m3fn # [.., M, K], scale_inv float32 # [.., ceil(M/bm), ceil(K/bk)].
+    """weight # [.., M, K] -> codes float8_e4m3fn # [.., M, K], scale_inv float32 # [.., ceil(M/bm), ceil(K/bk)].
 
     weight is about codes * scale_inv: it multiplies, whatever its published name says. scale_inv = max|block| / 448;
     with ue8m0 it is rounded up to a power of two, all that one exponent byte can hold. Edge blocks may be partial.
 
     Quantising again what was dequantised (in FP32, or in BF16 if the weight was BF16) gives the same codes and scales:
     the largest code is 448, and a scale times 448 over 448 rounds to itself. With ue8m0 a scale may halve and its
-    codes double, which is the same values.
+    codes double, which is the same values. A block with a NaN or an infinity becomes NaN, scale and codes.
     """
     blocks = _cut(weight.float(), block)  # [.., R, bm, C, bk]
     largest = torch.maximum(blocks.amax((-3, -1)), -blocks.amin((-3, -1)))  # [.., R, C]
+    scale_inv = scale_of(largest, ue8m0)
+    codes = (blocks / scale_inv[..., :, None, :, None]).to(torch.float8_e4m3fn)  # at most 448, so none saturates
+    return _join(codes, weight.shape), scale_inv
+
+
+def scale_of(largest: Tensor, ue8m0: bool) -> Tensor:
+    """Scales of blocks whose largest absolute values are given, float32 of any shape; NaN for a NaN or an infinity."""
     scale_inv = largest.clamp(min=TINY) / E4M3_MAX
     if ue8m0:
         # Exact, which log2 is not: a mantissa that is not zero carries into the exponent, then goes.
         scale_inv = ((scale_inv.view(torch.int32) + MANTISSA) & ~MANTISSA).view(torch.float32)
-    codes = (blocks / scale_inv[..., :, None, :, None]).to(torch.float8_e4m3fn)  # at most 448, so none saturates
-    return _join(codes, weight.shape), scale_inv
+    return torch.where(largest < torch.inf, scale_inv, torch.nan)
 
 
 def dequantize_blocks(

@@ -1,0 +1,263 @@
+"""FP8 in the modules of a model that is built: Linear layers, gated MLPs and stacked experts (arXiv 2412.19437, 3.3).
+
+`to_fp8` puts them in place of the plain ones, around the same parameters under the same names. All three products of a
+layer (fprop, dgrad, wgrad) have FP8 operands. What is kept for the backward pass is FP8 as well: the column-wise form of
+a layer's input, and the input of SwiGLU, which is computed again.
+
+Invariant: parameters are never quantised in place. The codes that products read are made from a parameter when it has
+changed, so once an optimiser update and not once a micro-batch. `parameter.data.copy_` would not be noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import MultiheadLatentAttention
+from model.fp8 import reference
+from model.fp8.forms import MXFP8, Columns, Recipe, Rows, Weight
+from model.layers import MLP
+from model.moe import Experts, Routing, by_expert
+
+Mode = Literal["off", "emulate", "on"]
+RECIPES = {"blockwise": Recipe(), "blockwise_ue8m0": Recipe(ue8m0=True), "mxfp8": MXFP8}
+
+
+def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = None) -> None:
+    """Makes the linear layers of attention, the MLPs and the experts of a model, MTP layers included, compute in FP8.
+
+    Not the embedding, head, router, norms, attention's core, nor eh_proj. mode: "emulate" in plain torch, "on" by
+    kernels; "off" does nothing. recipe: a key of RECIPES. ops: instead of the module that the mode names, what has the
+    functions of model/fp8/reference.py. Raises ValueError for a model without such layers, and for "on" where kernels
+    cannot run.
+    """
+    if mode == "off":
+        return
+    if not any(isinstance(module, MultiheadLatentAttention) for module in model.modules()):
+        raise ValueError(f"model.fp8 is {mode!r}, but {type(model).__name__} is no DeepSeek-V3 model; set it to off")
+    ops = ops or (reference if mode == "emulate" else _kernels(recipe))
+    # not inside what was replaced: an MLP computes with its linear layers' parameters itself
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            new: Any = None
+            if isinstance(child, Experts):
+                new = Fp8Experts(child, ops, RECIPES[recipe])
+            elif isinstance(child, MLP):
+                new = Fp8MLP(child, ops, RECIPES[recipe])
+            elif isinstance(parent, MultiheadLatentAttention) and isinstance(child, nn.Linear):
+                new = Fp8Linear(child, ops, RECIPES[recipe])
+            if new is not None:
+                setattr(parent, name, new.train(child.training))
+
+
+def _kernels(recipe: str) -> ModuleType:
+    if recipe == "mxfp8":
+        raise ValueError("model.fp8_recipe is 'mxfp8', which is emulated only; set model.fp8 to emulate")
+    try:
+        kernels = import_module("model.fp8.kernels")
+    except ImportError as err:
+        raise ValueError(f"model.fp8 is 'on', but its kernels do not load ({err}); set it to emulate or off") from err
+    kernels.check()
+    return kernels
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """While it lasts the model computes without FP8, as an engine that was given its parameters does."""
+    layers = [module for module in model.modules() if isinstance(module, Fp8Layer)]
+    for layer in layers:
+        layer.quantized = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quantized = True
+
+
+class Fp8Layer:
+    """What the three have in common: how they compute, and their weights' codes."""
+
+    ops: Any
+    recipe: Recipe
+    quantized: bool
+
+    def _set(self, ops: Any, recipe: Recipe) -> None:
+        self.ops, self.recipe, self.quantized = ops, recipe, True
+        self._codes: dict[str, tuple[Any, Weight]] = {}
+
+    def codes(self, name: str, *parameters: Tensor) -> Weight:
+        """Of [E, N, K] or [N, K] parameters, one below the other; made anew where one of them has changed."""
+        key = [(p._version, p.data_ptr(), p.dtype) for p in parameters]
+        if name not in self._codes or self._codes[name][0] != key:
+            # an engine may be first to ask, but what is made in inference mode is of no use in training
+            with torch.inference_mode(False), torch.no_grad():
+                joined = parameters[0] if len(parameters) == 1 else torch.cat(parameters)
+                stacked = joined.detach() if joined.dim() == 3 else joined.detach()[None]
+                self._codes[name] = key, self.ops.quantize_weight(stacked, self.recipe)
+        return self._codes[name][1]
+
+
+class Fp8Linear(Fp8Layer, nn.Linear):
+    """A Linear layer without bias."""
+
+    def __init__(self, linear: nn.Linear, ops: Any, recipe: Recipe) -> None:
+        assert linear.bias is None, "FP8 layers have no bias"
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", None)
+        self._set(ops, recipe)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x # [M, in] -> # [M, out]."""
+        if not self.quantized:
+            return super().forward(x)
+        codes = self.codes("weight", self.weight)
+        if not torch.is_grad_enabled():
+            return self.ops.grouped_linear(self.ops.quantize_rows(x, self.recipe), codes, None, x.dtype)
+        return _Linear.apply(x, self.weight, codes, self.ops, self.recipe)
+
+
+class Fp8MLP(Fp8Layer, MLP):
+    """A gated MLP; gate_proj and up_proj are one product of an input that is cast once."""
+
+    def __init__(self, mlp: MLP, ops: Any, recipe: Recipe) -> None:
+        nn.Module.__init__(self)
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self._set(ops, recipe)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x # [M, d] -> # [M, d]."""
+        if not self.quantized:
+            return super().forward(x)
+        first, down = (self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight
+        codes, ops, recipe = (self.codes("gate_up", *first), self.codes("down", down)), self.ops, self.recipe
+        if torch.is_grad_enabled():
+            return _MLP.apply(x, down, *first, codes, ops, recipe)
+        gate_up = ops.grouped_linear(ops.quantize_rows(x, recipe), codes[0], None, x.dtype)
+        return ops.grouped_linear(ops.swiglu_quantize(gate_up, recipe)[0], codes[1], None, x.dtype)
+
+
+class Fp8Experts(Fp8Layer, Experts):
+    """Stacked experts. The weight of an expert multiplies its activations before they are cast."""
+
+    def __init__(self, experts: Experts, ops: Any, recipe: Recipe) -> None:
+        nn.Module.__init__(self)
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+        self._set(ops, recipe)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """See Experts."""
+        if not self.quantized:
+            return super().forward(x, routing)
+        order, token, ends = by_expert(routing)
+        weight = routing.weights.flatten().index_select(0, order)  # [T K]
+        places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        sorting = token, places.view_as(routing.experts), ends
+        codes = self.codes("gate_up", self.gate_up_proj), self.codes("down", self.down_proj)
+        ops, recipe = self.ops, self.recipe
+        if torch.is_grad_enabled():
+            return _Experts.apply(x, weight, self.gate_up_proj, self.down_proj, sorting, codes, ops, recipe)
+        rows, _ = ops.permute_quantize(x, token, ends, recipe)
+        gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)
+        act, _ = ops.swiglu_quantize(gate_up, recipe, weight)
+        return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), sorting[1])
+
+
+class _Linear(torch.autograd.Function):
+    """x # [M, K] -> # [M, N]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, codes: Weight, ops: Any, recipe: Recipe) -> Tensor:
+        rows, columns = ops.quantize_both(x, None, recipe)
+        ctx.save_for_backward(*columns)
+        ctx.codes, ctx.ops, ctx.recipe, ctx.dtypes = codes, ops, recipe, (x.dtype, weight.dtype)
+        return ops.grouped_linear(rows, codes, None, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops, grad_x = ctx.ops, None
+        rows, columns = ops.quantize_gradient(grads[0], None, ctx.recipe)
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.grouped_dgrad(rows, ctx.codes, None, ctx.dtypes[0])
+        grad_weight = ops.grouped_wgrad(columns, Columns(*ctx.saved_tensors), ctx.dtypes[1])[0]
+        return grad_x, grad_weight, None, None, None
+
+
+class _MLP(torch.autograd.Function):
+    """x # [M, d] -> # [M, d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        down: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        codes: tuple[Weight, Weight],
+        ops: Any,
+        recipe: Recipe,
+    ) -> Tensor:
+        rows, columns = ops.quantize_both(x, None, recipe)
+        gate_up = ops.grouped_linear(rows, codes[0], None, x.dtype)  # [M, 2I]
+        act, kept = ops.swiglu_quantize(gate_up, recipe)
+        ctx.save_for_backward(*columns, *kept)
+        ctx.codes, ctx.ops, ctx.recipe, ctx.dtypes = codes, ops, recipe, (x.dtype, down.dtype)
+        return ops.grouped_linear(act, codes[1], None, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops, recipe, (up_codes, down_codes), (dtype, weight_dtype) = ctx.ops, ctx.recipe, ctx.codes, ctx.dtypes
+        inputs, kept = Columns(*ctx.saved_tensors[:3]), Rows(*ctx.saved_tensors[3:])
+        rows, columns = ops.quantize_gradient(grads[0], None, recipe)
+        grad_act = ops.grouped_dgrad(rows, down_codes, None, dtype)  # [M, I]
+        act, up_rows, up_columns, _ = ops.swiglu_backward(kept, grad_act, None, recipe)
+        grad_down = ops.grouped_wgrad(columns, act, weight_dtype)[0]
+        grad_gate, grad_up = ops.grouped_wgrad(up_columns, inputs, weight_dtype)[0].chunk(2)
+        grad_x = ops.grouped_dgrad(up_rows, up_codes, None, dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_down, grad_gate, grad_up, None, None, None
+
+
+class _Experts(torch.autograd.Function):
+    """x # [T, d], weight # [M = T K] float32 of the rows sorted by expert -> sums over the K rows of a token # [T, d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        sorting: tuple[Tensor, Tensor, Tensor],
+        codes: tuple[Weight, Weight],
+        ops: Any,
+        recipe: Recipe,
+    ) -> Tensor:
+        token, inverse, ends = sorting
+        rows, columns = ops.permute_quantize(x, token, ends, recipe)
+        gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)  # [M, 2I]
+        act, kept = ops.swiglu_quantize(gate_up, recipe, weight)
+        ctx.save_for_backward(weight, *sorting, *columns, *kept)
+        ctx.codes, ctx.ops, ctx.recipe, ctx.dtypes = codes, ops, recipe, (x.dtype, down_proj.dtype)
+        return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops, recipe, (up_codes, down_codes), (dtype, weight_dtype) = ctx.ops, ctx.recipe, ctx.codes, ctx.dtypes
+        weight, token, inverse, ends, *rest = ctx.saved_tensors
+        inputs, kept = Columns(*rest[:3]), Rows(*rest[3:])
+        rows, columns = ops.permute_gradient(grads[0], token, ends, recipe)
+        grad_act = ops.grouped_dgrad(rows, down_codes, ends, dtype)  # [M, I], of the weighted activations
+        act, up_rows, up_columns, grad_weight = ops.swiglu_backward(kept, grad_act, ends, recipe, weight)
+        grad_down = ops.grouped_wgrad(columns, act, weight_dtype)  # [E, d, I]
+        grad_gate_up = ops.grouped_wgrad(up_columns, inputs, weight_dtype)  # [E, 2I, d]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.combine(ops.grouped_dgrad(up_rows, up_codes, ends, dtype), inverse)
+        return grad_x, grad_weight, grad_gate_up, grad_down, None, None, None, None
