@@ -171,7 +171,7 @@ def _short_model(config: Config, model_dir: Path) -> Path:
         "model": model_dir.name,  # of the cache: a hash of everything that went into it
         "pretrain": config.pretrain.model_dump(),
         "data": config.data.model_dump(),
-        "run": [config.run.seed, config.run.threads, config.model.dtype],
+        "run": [config.run.seed, config.run.threads, *config.model.precision],
     }
     stage = config.pretrain
 

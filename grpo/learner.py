@@ -29,6 +29,8 @@ from grpo.router import router_metrics
 from grpo.transport import ObjectStore, Transport
 from grpo.weight_sync import Bucket, Canary, Outbox
 from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
+from model.fp8.modules import Mode as Fp8Mode
+from model.fp8.modules import to_fp8, unquantized
 from model.lora import FOLDER, LoraAdapter, MergedModel
 from model.modeling import DeepseekV3PreTrainedModel
 
@@ -51,16 +53,20 @@ class Learner:
         transport: Transport | None = None,
         delta_sync: bool = True,
         device: torch.device | str = "cpu",
+        fp8: Fp8Mode = "off",
+        fp8_recipe: str = "blockwise",
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
         engines are held against. `model`: what to train, where it is not the policy in model_dir. `transport`: takes
         the weights to the engines; None: object_store. `delta_sync`: see `weights`. `device`: where it computes.
-        Raises ValueError for a bad directory.
+        `fp8`, `fp8_recipe`: see to_fp8; weights that are saved or travel are the parameters, not their codes. Raises
+        ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
         if model is None:
             model = load_model(model_dir, getattr(torch, dtype), device)
+            to_fp8(model, fp8, fp8_recipe)
         else:
             model = model.to(device)  # type: ignore[arg-type]
         rl = isinstance(config, GRPOConfig)
@@ -80,6 +86,7 @@ class Learner:
             self.reference = AdapterOff(self.policy, self.adapter)
         elif isinstance(config, GRPOConfig) and config.beta > 0:
             frozen = load_model(reference_dir or model_dir, getattr(torch, dtype), device)
+            to_fp8(frozen, fp8, fp8_recipe)
             self.reference = _policy(frozen.requires_grad_(False))
         self.optimizer = build_optimizer(
             self.policy.master,
@@ -238,7 +245,10 @@ class Learner:
 
     @torch.no_grad()
     def canary(self) -> Canary:
-        """Four prompts of random tokens, always the same, and this policy's log-probabilities of them."""
+        """Four prompts of random tokens, always the same, and this policy's log-probabilities of them.
+
+        Without FP8: they prove the weights that travel, which are not quantised.
+        """
         config = self.policy.model.config
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(config.vocab_size, (4, min(24, config.max_position_embeddings - 1)), generator=generator)
@@ -246,7 +256,8 @@ class Learner:
         samples = [[TrainingSample(prompt[:1], prompt[1:], 1.0)] for prompt in prompts]
         (batch,) = pack(samples, 1 << 30)
         batch = batch.to(self.policy.device)
-        hidden = self.policy.hidden(batch)[batch.source]
+        with unquantized(self.policy.model):
+            hidden = self.policy.hidden(batch)[batch.source]
         logprobs = token_logprobs(hidden, self.policy.head_weight, batch.target)[0]
         return Canary(tuple(prompts), tuple(tuple(row) for row in logprobs.view(len(prompts), -1).tolist()))
 

@@ -31,6 +31,7 @@ from grpo.progress import Progress
 from grpo.records import PackedBatch, TrainingSample
 from grpo.stages import shuffled_batches
 from model.config import SCORER_ARCHITECTURE
+from model.fp8.modules import to_fp8
 from model.reward_head import DeepseekV3ForSequenceClassification, head_scores
 from rewards.reward_model import STATISTICS
 
@@ -72,6 +73,7 @@ def train_reward_model(config: Config) -> RewardTraining:
     )
     if not is_paired(section) and len({example.value for example in train}) < 2:
         raise ConfigError(f"column {section.label_column!r} has one value in all rows; there is nothing to learn")
+    to_fp8(model, config.model.fp8, config.model.fp8_recipe)
     out = fresh_run_dir(config)
     learner = Learner(
         model_dir,

@@ -138,6 +138,8 @@ def _engine_options(config: Config) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, config.model.dtype),
         "device": compute_device(config.model.device),
+        "fp8": config.model.fp8,
+        "fp8_recipe": config.model.fp8_recipe,
         "page_size": rollout.page_size,
         "num_pages": rollout.num_pages,
         "exact": rollout.exact,
@@ -176,6 +178,8 @@ def learner_role(config: Config, model_dir: str, reference_dir: str, weight_dir:
         transport=build_transport(config, "learner", weight_dir),
         delta_sync=config.rollout.delta_sync and config.rollout.sleep_level < 2,  # what is dropped must come back whole
         device=compute_device(config.model.device),
+        fp8=config.model.fp8,
+        fp8_recipe=config.model.fp8_recipe,
     )
 
 

@@ -85,10 +85,15 @@ class ModelConfig(Section):
     and Llama for instance (one of the DeepSeek-V3 family is ours still)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of computation. Master weights, gradients accumulated over micro-batches and the optimiser are always float32."""
-    fp8: Literal["off"] = "off"
-    """FP8 MoE updates."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner and the embedded engine compute. auto: on a GPU where torch sees one."""
+    fp8: Literal["off", "emulate", "on"] = "off"
+    """FP8 products in attention's linear layers, MLPs and experts, forward and backward (docs/fp8.md); parameters stay
+    in `dtype`. on: by kernels, on a GPU of compute capability 9.0 or higher; emulate: the same numbers in plain torch,
+    anywhere."""
+    fp8_recipe: Literal["blockwise", "blockwise_ue8m0", "mxfp8"] = "blockwise"
+    """blockwise: DeepSeek-V3's, 1x128 tiles and 128x128 blocks with float32 scales; blockwise_ue8m0: with powers of
+    two; mxfp8: tiles of 32 with powers of two, emulated only."""
     gradient_checkpointing: bool = False
     """Recompute activations of each layer in the backward pass: less memory, about a third more time."""
 
@@ -101,6 +106,21 @@ class ModelConfig(Section):
         if self.path and self.init is not None:
             raise ValueError("model.path and model.init are both given; keep one")
         return self
+
+    @model_validator(mode="after")
+    def _fp8_fits(self) -> ModelConfig:
+        if self.fp8 != "off" and self.lora is not None:
+            raise ValueError(f"model.fp8 {self.fp8} trains all weights, model.lora an adapter; set one to its default")
+        if self.fp8 != "off" and self.family != "deepseek_v3":
+            raise ValueError(f"model.fp8 {self.fp8} needs model.family deepseek_v3, not {self.family}; set it to off")
+        if self.fp8 == "on" and self.fp8_recipe == "mxfp8":
+            raise ValueError("model.fp8_recipe mxfp8 is emulated only; set model.fp8 to emulate")
+        return self
+
+    @property
+    def precision(self) -> tuple[str, ...]:
+        """What tells one arithmetic from another, for cache keys."""
+        return (self.dtype,) if self.fp8 == "off" else (self.dtype, self.fp8, self.fp8_recipe)
 
 
 class DataConfig(Section):

@@ -43,7 +43,7 @@ def warm_start(prepared: Prepared) -> Path:
         "sft": config.sft.model_dump(),
         "data": config.data.model_dump(),
         "rewards": config.rewards,
-        "run": [config.run.seed, config.run.threads, config.run.eval_reward, config.model.dtype],
+        "run": [config.run.seed, config.run.threads, config.run.eval_reward, *config.model.precision],
     }
 
     def build(out: Path) -> None:
@@ -105,6 +105,8 @@ def _train(
         dtype=config.model.dtype,
         checkpointing=config.model.gradient_checkpointing,
         device=compute_device(config.model.device),
+        fp8=config.model.fp8,
+        fp8_recipe=config.model.fp8_recipe,
     )
     batches = shuffled_batches(examples, stage.batch_size, config.run.seed)
     # where a router comes from random weights, that it leaves them is no alarm

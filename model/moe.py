@@ -114,7 +114,7 @@ class Experts(nn.Module):
 
 
 def by_expert(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """The T K choices sorted by expert, tokens in order within one: (their indices # [T K], token of each # [T K], ends).
+    """The T K choices sorted by expert, tokens in order within one: (indices # [T K], token of each # [T K], ends).
 
     Choices ends[e-1]:ends[e] are those of expert e, ends # [E] int32.
     """

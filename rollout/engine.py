@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from model import DeepseekV3ForCausalLM
 from model.family import load_model
+from model.fp8.modules import to_fp8
 from rollout.records import Completion, SamplingParams
 
 
@@ -98,10 +99,10 @@ class Adapted(Protocol):
 def build_engine(model_or_dir: Any, engine: str = "embedded", **options: Any) -> Engine:
     """An engine over a model (model.family.AnyModel) or a HF directory.
 
-    Options of "embedded": max_num_seqs, page_size, num_pages, exact, enable_return_routed_experts, eos_token_ids,
-    dtype and device (of a directory). A model of another architecture than DeepSeek-V3 gets a plain engine over
-    transformers, which has no pages and returns no experts. Options of "vllm" (a directory only): see
-    rollout.vllm_engine. Raises ValueError for an unknown engine.
+    Options of "embedded": max_num_seqs, page_size, num_pages, exact, enable_return_routed_experts, eos_token_ids; of a
+    directory dtype, device, and fp8 and fp8_recipe (model.fp8.modules.to_fp8). A model of another architecture than
+    DeepSeek-V3 gets a plain engine over transformers, which has no pages and returns no experts. Options of "vllm" (a
+    directory only): see rollout.vllm_engine. Raises ValueError for an unknown engine.
     """
     if engine == "vllm":
         from rollout.vllm_engine import VllmEngine
@@ -112,8 +113,10 @@ def build_engine(model_or_dir: Any, engine: str = "embedded", **options: Any) ->
     if engine != "embedded":
         raise ValueError(f"rollout.engine is {engine!r}; the engines are 'embedded' and 'vllm'")
     dtype, device = options.pop("dtype", None), options.pop("device", "cpu")
+    fp8, recipe = options.pop("fp8", "off"), options.pop("fp8_recipe", "blockwise")
     if isinstance(model_or_dir, str | Path):
         model_or_dir = load_model(model_or_dir, dtype, device)
+        to_fp8(model_or_dir, fp8, recipe)
     if not isinstance(model_or_dir, DeepseekV3ForCausalLM):
         from rollout.auto_engine import AutoEngine
 

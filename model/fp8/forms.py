@@ -1,4 +1,4 @@
-"""The quantised forms of a matrix that FP8 training multiplies: the seam between the recipe's modules and what computes them.
+"""The quantised forms of a matrix that FP8 training multiplies: the seam between modules and what computes them.
 
 Each side has the functions of model/fp8/reference.py under the same names; docs/fp8.md says what a form is for.
 """

@@ -1,8 +1,8 @@
 """FP8 in the modules of a model that is built: Linear layers, gated MLPs and stacked experts (arXiv 2412.19437, 3.3).
 
 `to_fp8` puts them in place of the plain ones, around the same parameters under the same names. All three products of a
-layer (fprop, dgrad, wgrad) have FP8 operands. What is kept for the backward pass is FP8 as well: the column-wise form of
-a layer's input, and the input of SwiGLU, which is computed again.
+layer (fprop, dgrad, wgrad) have FP8 operands. What is kept for the backward pass is FP8 as well: the column-wise form
+of a layer's input, and the input of SwiGLU, which is computed again.
 
 Invariant: parameters are never quantised in place. The codes that products read are made from a parameter when it has
 changed, so once an optimiser update and not once a micro-batch. `parameter.data.copy_` would not be noticed.
@@ -10,7 +10,7 @@ changed, so once an optimiser update and not once a micro-batch. `parameter.data
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -80,6 +80,28 @@ def unquantized(model: nn.Module) -> Iterator[None]:
             layer.quantized = True
 
 
+def computed_weight(layer: nn.Linear) -> Tensor:
+    """The matrix # [N, K] that a Linear layer multiplies by: its parameter, or what that becomes in FP8."""
+    return layer.values("weight", layer.weight)[0] if isinstance(layer, Fp8Linear) else layer.weight.detach()
+
+
+def computed_gated_weights(mlp: MLP | Experts) -> tuple[Tensor, Tensor]:
+    """The same of a gated MLP (gate_up # [2I, d], down # [d, I]), or of stacked experts # [E, ..]."""
+    if isinstance(mlp, Experts):
+        first, down = (mlp.gate_up_proj,), mlp.down_proj
+    else:
+        first, down = (mlp.gate_proj.weight, mlp.up_proj.weight), mlp.down_proj.weight
+    if isinstance(mlp, Fp8Layer):
+        values = mlp.values("gate_up", *first), mlp.values("down", down)
+        return values if isinstance(mlp, Experts) else (values[0][0], values[1][0])
+    return (torch.cat(first) if len(first) > 1 else first[0]).detach(), down.detach()
+
+
+def input_cast(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What the layers of a model do to inputs # [M, K] before they multiply; None: nothing, as there is no FP8."""
+    return next((module.cast for module in model.modules() if isinstance(module, Fp8Layer)), None)
+
+
 class Fp8Layer:
     """What the three have in common: how they compute, and their weights' codes."""
 
@@ -101,6 +123,14 @@ class Fp8Layer:
                 stacked = joined.detach() if joined.dim() == 3 else joined.detach()[None]
                 self._codes[name] = key, self.ops.quantize_weight(stacked, self.recipe)
         return self._codes[name][1]
+
+    def values(self, name: str, *parameters: Tensor) -> Tensor:
+        """What the codes stand for, in the parameters' dtype # [E, N, K]."""
+        return reference.dequantize_weight(self.codes(name, *parameters)).to(parameters[0].dtype)
+
+    def cast(self, x: Tensor) -> Tensor:
+        """x # [M, K] as the operand of a product, in its own dtype."""
+        return reference.dequantize_rows(self.ops.quantize_rows(x, self.recipe)).to(x.dtype)
 
 
 class Fp8Linear(Fp8Layer, nn.Linear):
@@ -225,7 +255,7 @@ class _MLP(torch.autograd.Function):
 
 
 class _Experts(torch.autograd.Function):
-    """x # [T, d], weight # [M = T K] float32 of the rows sorted by expert -> sums over the K rows of a token # [T, d]."""
+    """x # [T, d], weight # [M = T K] float32 of the rows sorted by expert -> sums over the rows of a token # [T, d]."""
 
     @staticmethod
     def forward(

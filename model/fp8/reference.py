@@ -8,6 +8,8 @@ A tile with a NaN or an infinity is NaN as a whole, and so is whatever is comput
 is not clamped at 1e-4, as some do: gradients of a mean over many tokens are smaller than that throughout.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,7 @@ def quantize_both(x: Tensor, ends: Tensor | None, recipe: Recipe) -> tuple[Rows,
 
 
 def permute_quantize(x: Tensor, token: Tensor, ends: Tensor, recipe: Recipe) -> tuple[Rows, Columns]:
-    """Both forms of the rows token # [M] of x # [T, K], sorted by group; a row is cast once, however often it is taken."""
+    """Both forms of the rows token # [M], sorted by group, of x # [T, K]; a row is cast once and taken many times."""
     rows = quantize_rows(x, recipe)
     # as bytes: index_select knows no FP8
     codes = rows.codes.view(torch.uint8).index_select(0, token).view(rows.codes.dtype)
@@ -114,17 +116,17 @@ def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype) -> Tensor:
     if all(len(codes) % 4 == 0 for codes in (g.codes, x.codes)) and hasattr(F, "grouped_mm") and left.is_cpu:
         return F.grouped_mm(left.t(), right, offs=starts[1:]).to(dtype)
     bounds = starts.tolist()
-    return torch.stack([left[a:b].t() @ right[a:b] for a, b in zip(bounds, bounds[1:])]).to(dtype)
+    return torch.stack([left[a:b].t() @ right[a:b] for a, b in itertools.pairwise(bounds)]).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ SwiGLU
 
 
 def swiglu_quantize(gate_up: Tensor, recipe: Recipe, weight: Tensor | None = None) -> tuple[Rows, Rows]:
-    """gate_up # [M, 2I] -> weight * silu(gate) * up # [M, I], cast from FP32, and gate_up as kept for the backward pass.
+    """gate_up # [M, 2I] -> weight * silu(gate) * up # [M, I], cast from FP32, and gate_up as kept for the backward.
 
-    weight # [M] float32 is a row's share in its token's output. Before the cast it changes scales, hardly codes, and the
-    product that follows has to be added up only.
+    weight # [M] float32 is a row's share in its token's output. Before the cast it changes scales, hardly codes, and
+    the product that follows has to be added up only.
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     act = F.silu(gate) * up

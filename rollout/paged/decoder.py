@@ -7,13 +7,12 @@ heads. Decode never expands it: kv_b_proj is absorbed into the query and the out
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import DeepseekV3ForCausalLM, SequenceLayout
+from model.fp8.modules import input_cast
 from model.moe import Routing
 from rollout.paged.weights import LayerWeights, fast_norm
 
@@ -33,8 +32,11 @@ class PagedDecoder:
         config = model.config
         self.rank, self.rope_dim, self.heads = config.kv_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
         self.width, self.scale = self.rank + self.rope_dim, config.softmax_scale
+        # in FP8, what layers do to their inputs; kv_b_proj's are the latents, so the cache holds what they become
+        self.cast = input_cast(model)
         # up to this many sequences, all experts on all of them cost less than sorting them by expert
         small = config.n_routed_experts * config.moe_intermediate_size <= 1024 and model.device.type == "cpu"
+        small = small and self.cast is None
         self.every_expert_up_to = 24 if small and not exact else 0
         self.cache = torch.empty(0)
         self.gathered = torch.empty(0, page_size * self.width, dtype=model.dtype, device=model.device)
@@ -63,7 +65,11 @@ class PagedDecoder:
         for index, weights in enumerate(self.layers):
             layer, attn = weights.layer, weights.layer.self_attn
             q_nope, q_rope, latent = attn.project(layer.input_layernorm(x), cos, sin)
-            self.cache[index].index_copy_(0, slots, latent)
+            if self.cast is not None:
+                kept = torch.cat((self.cast(latent[:, : self.rank]), latent[:, self.rank :]), dim=-1)
+            else:
+                kept = latent
+            self.cache[index].index_copy_(0, slots, kept)
             x, routing = layer.feed_forward(x + attn.attend(q_nope, q_rope, latent, layout))
             if routing is not None:
                 chosen.append(routing.experts)
@@ -98,7 +104,7 @@ class PagedDecoder:
             out = F.scaled_dot_product_attention(query, seen, seen, attn_mask=mask, scale=self.scale)
             out = out[:, 0, :, : self.rank]  # [B, n_h, r]
             value = out if weights.up_value is None else self._absorb(out, weights.up_value)
-            x = x + self._linear(value.flatten(1), weights.output)
+            x = x + self._layer(value.flatten(1), weights.output)
             x = x + self._feed_forward(weights, weights.mlp_norm(x), chosen)
         return self.final_norm(x), self._stack(chosen, x)
 
@@ -116,6 +122,10 @@ class PagedDecoder:
         """x [B, in] @ weight [out, in]^T."""
         return _each_row(x, weight.t().expand(len(x), -1, -1)) if self.exact else F.linear(x, weight)
 
+    def _layer(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same of a layer that may be in FP8."""
+        return self._linear(x if self.cast is None else self.cast(x), weight)
+
     def _absorb(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [B, n_h, a] times weight [n_h, a, b] -> [B, n_h, b]."""
         if self.exact:
@@ -124,10 +134,10 @@ class PagedDecoder:
 
     def _project(self, weights: LayerWeights, h: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """h [B, d] -> the query over latents [B, 1, n_h, w] and the cache entry [B, w], both rotated."""
-        down = self._linear(h, weights.down)
+        down = self._layer(h, weights.down)
         q, compressed = down[:, : -self.width], down[:, -self.width :]
         if weights.query_up is not None and weights.query_norm is not None:
-            q = self._linear(weights.query_norm(q), weights.query_up)
+            q = self._layer(weights.query_norm(q), weights.query_up)
         q = q.unflatten(-1, (self.heads, -1))  # [B, n_h, d_n + d_r], or [B, n_h, w] folded
         q_nope, q_rope = q[..., : -self.rope_dim], q[..., -self.rope_dim :]
         if weights.up_key is not None:
@@ -135,7 +145,8 @@ class PagedDecoder:
         # the rope key rides along as one more head, so both are rotated at once: pairs are complex numbers
         pairs = torch.cat((q_rope, compressed[:, None, self.rank :]), dim=1).float().unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(h.dtype)  # [B, n_h + 1, d_r]
-        latent = torch.cat((weights.latent_norm(compressed[:, : self.rank]), turned[:, -1]), dim=-1)
+        normed = weights.latent_norm(compressed[:, : self.rank])
+        latent = torch.cat((normed if self.cast is None else self.cast(normed), turned[:, -1]), dim=-1)
         return torch.cat((q_nope, turned[:, :-1]), dim=-1)[:, None], latent
 
     def _feed_forward(self, weights: LayerWeights, h: Tensor, chosen: list[Tensor]) -> Tensor:
@@ -153,7 +164,7 @@ class PagedDecoder:
         if weights.every is not None and len(h) <= self.every_expert_up_to:
             return weights.every(h, experts, share)
         if self.exact:
-            out = self._own_experts(mlp.experts, h, experts, share)
+            out = self._own_experts(weights, h, experts, share)
         else:
             counts = torch.zeros(scores.shape[1], dtype=torch.int64, device=h.device)
             counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
@@ -162,8 +173,8 @@ class PagedDecoder:
 
     def _mlp(self, weights: LayerWeights, h: Tensor) -> Tensor:
         assert weights.gate_up is not None and weights.mlp_down is not None
-        gate, up = self._linear(h, weights.gate_up).chunk(2, dim=-1)
-        return self._linear(self._silu(gate) * up, weights.mlp_down)
+        gate, up = self._layer(h, weights.gate_up).chunk(2, dim=-1)
+        return self._layer(self._silu(gate) * up, weights.mlp_down)
 
     def _sigmoid(self, x: Tensor) -> Tensor:
         # torch's sigmoid (and silu) has another exponential for the last elements of a tensor; exp has not
@@ -172,14 +183,18 @@ class PagedDecoder:
     def _silu(self, x: Tensor) -> Tensor:
         return x * self._sigmoid(x.float()).to(x.dtype) if self.exact else F.silu(x)
 
-    def _own_experts(self, experts: Any, h: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def _own_experts(self, weights: LayerWeights, h: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
         """Each token's K experts, gathered and multiplied for that token alone."""
-        batch, top_k = chosen.shape
-        picked = chosen.flatten()  # [B K]
-        inner = _each_row(h.repeat_interleave(top_k, 0), experts.gate_up_proj[picked].transpose(1, 2))
-        gate, up = inner.chunk(2, dim=-1)
-        out = _each_row(self._silu(gate) * up, experts.down_proj[picked].transpose(1, 2))  # [B K, d]
-        return (out.view(batch, top_k, -1) * weights[..., None].to(h.dtype)).sum(1)
+        assert weights.experts is not None
+        (gate_up, down), picked = weights.experts, chosen.flatten()  # [B K]
+        share = share[..., None].to(h.dtype)  # [B, K, 1]
+        h = h if self.cast is None else self.cast(h)
+        gate, up = _each_row(h.repeat_interleave(chosen.shape[1], 0), gate_up[picked].transpose(1, 2)).chunk(2, dim=-1)
+        act = self._silu(gate) * up
+        if self.cast is not None:  # as Fp8Experts, which weighs before the cast
+            act, share = self.cast(act * share.flatten(0, 1)), torch.ones_like(share)
+        out = _each_row(act, down[picked].transpose(1, 2))  # [B K, d]
+        return (out.unflatten(0, chosen.shape) * share).sum(1)
 
 
 def _each_row(rows: Tensor, matrices: Tensor) -> Tensor:

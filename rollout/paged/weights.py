@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DeepseekV3Config
+from model.fp8.modules import computed_gated_weights, computed_weight, input_cast
 from model.layers import RMSNorm
 
 
@@ -29,6 +30,7 @@ class LayerWeights:
     up_key: Tensor | None  # [n_h, d_n, r]: turns a query to the latents; None: folded into the query's matrix
     up_value: Tensor | None  # [n_h, r, d_v]; None: folded into `output`
     output: Tensor  # [d, n_h d_v], or [d, n_h r] folded
+    experts: tuple[Tensor, Tensor] | None  # gate_up [E, 2 I, d] and down [E, d, I], for exact; None: not used
     gate_up: Tensor | None  # [2 I, d] of the dense MLP or the shared experts; None: a mixture without shared ones
     mlp_down: Tensor | None  # [d, I]
     every: EveryExpert | None
@@ -39,31 +41,36 @@ class LayerWeights:
         """`every`: make EveryExpert, for where it is cheaper than sorting tokens by expert."""
         attn = layer.self_attn
         heads, nope, rank = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
-        up_key, up_value = attn.kv_b_proj.weight.unflatten(0, (heads, -1)).split((nope, config.v_head_dim), dim=1)
-        query_up = attn.q_proj.weight if config.q_lora_rank is None else attn.q_b_proj.weight
-        output = attn.o_proj.weight
+        up = computed_weight(attn.kv_b_proj).unflatten(0, (heads, -1))
+        up_key, up_value = up.split((nope, config.v_head_dim), dim=1)
+        query_up = computed_weight(attn.q_proj if config.q_lora_rank is None else attn.q_b_proj)
+        output = computed_weight(attn.o_proj)
         # Products of matrices save two products a token where heads are wide against the latent (not in V3: 128, 512).
-        fold = rank <= 2 * min(nope, config.v_head_dim) and query_up.dtype == torch.float32
+        # In FP8 what comes between the two is cast.
+        narrow = rank <= 2 * min(nope, config.v_head_dim)
+        fold = narrow and query_up.dtype == torch.float32 and input_cast(layer) is None
         if fold:
             q_nope, q_rope = query_up.unflatten(0, (heads, -1)).split((nope, config.qk_rope_head_dim), dim=1)
             query_up = torch.cat((up_key.transpose(1, 2) @ q_nope, q_rope), dim=1).flatten(0, 1)
             by_head = output.unflatten(1, (heads, -1)).transpose(0, 1)  # [n_h, d, d_v]
             output = (by_head @ up_value).transpose(0, 1).flatten(1)
-        first = query_up if config.q_lora_rank is None else attn.q_a_proj.weight
+        first = query_up if config.q_lora_rank is None else computed_weight(attn.q_a_proj)
         mlp = layer.mlp.shared_experts if layer.is_moe else layer.mlp
+        gate_up, mlp_down = (None, None) if mlp is None else computed_gated_weights(mlp)
         return cls(
             layer=layer,
             input_norm=fast_norm(layer.input_layernorm, exact),
             query_norm=None if config.q_lora_rank is None else fast_norm(attn.q_a_layernorm, exact),
             latent_norm=fast_norm(attn.kv_a_layernorm, exact),
             mlp_norm=fast_norm(layer.post_attention_layernorm, exact),
-            down=torch.cat((first, attn.kv_a_proj_with_mqa.weight)),
-            query_up=None if config.q_lora_rank is None else query_up.detach(),
+            down=torch.cat((first, computed_weight(attn.kv_a_proj_with_mqa))),
+            query_up=None if config.q_lora_rank is None else query_up,
             up_key=None if fold else up_key.contiguous(),
             up_value=None if fold else up_value.transpose(1, 2).contiguous(),
-            output=output.detach(),
-            gate_up=None if mlp is None else torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)),
-            mlp_down=None if mlp is None else mlp.down_proj.weight.detach(),
+            output=output,
+            experts=computed_gated_weights(layer.mlp.experts) if layer.is_moe and exact else None,
+            gate_up=gate_up,
+            mlp_down=mlp_down,
             every=EveryExpert.of(layer.mlp) if layer.is_moe and every else None,
         )
 
