@@ -5,19 +5,21 @@ layer (fprop, dgrad, wgrad) have FP8 operands. What is kept for the backward pas
 of a layer's input, and the input of SwiGLU, which is computed again.
 
 Invariant: parameters are never quantised in place. The codes that products read are made from a parameter when it has
-changed, so once an optimiser update and not once a micro-batch. `parameter.data.copy_` would not be noticed.
+changed, so once an optimiser update and not once a micro-batch. What writes to `parameter.data` is not noticed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from model.attention import MultiheadLatentAttention
 from model.fp8 import reference
@@ -41,6 +43,7 @@ def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = N
         return
     if not any(isinstance(module, MultiheadLatentAttention) for module in model.modules()):
         raise ValueError(f"model.fp8 is {mode!r}, but {type(model).__name__} is no DeepSeek-V3 model; set it to off")
+    _watch_optimizers()
     ops = ops or (reference if mode == "emulate" else _kernels(recipe))
     # not inside what was replaced: an MLP computes with its linear layers' parameters itself
     for parent in list(model.modules()):
@@ -54,6 +57,19 @@ def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = N
                 new = Fp8Linear(child, ops, RECIPES[recipe])
             if new is not None:
                 setattr(parent, name, new.train(child.training))
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Fused optimisers (AdamW's among them) change parameters without a trace in their version; after a step they leave
+    one."""
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                torch.autograd.graph.increment_version(parameter)
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def _kernels(recipe: str) -> ModuleType:
@@ -244,7 +260,8 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ops, recipe, (up_codes, down_codes), (dtype, weight_dtype) = ctx.ops, ctx.recipe, ctx.codes, ctx.dtypes
-        inputs, kept = Columns(*ctx.saved_tensors[:3]), Rows(*ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # where layers are recomputed it can be read once only
+        inputs, kept = Columns(*saved[:3]), Rows(*saved[3:])
         rows, columns = ops.quantize_gradient(grads[0], None, recipe)
         grad_act = ops.grouped_dgrad(rows, down_codes, None, dtype)  # [M, I]
         act, up_rows, up_columns, _ = ops.swiglu_backward(kept, grad_act, None, recipe)

@@ -40,7 +40,9 @@ def quantize_columns(x: Tensor, ends: Tensor | None, recipe: Recipe) -> Columns:
     if places != rows:
         padded = x.new_zeros(places, x.shape[1])
         x = padded.index_copy_(0, torch.arange(rows, device=x.device) + _shift(rows, starts, ends), x)
-    codes, scales = _quantize(x.unflatten(0, (-1, recipe.tile)), 1, recipe.ue8m0)  # [P / tile, tile, K]
+    codes, scales = _quantize(
+        x.unflatten(0, (places // recipe.tile, recipe.tile)), 1, recipe.ue8m0
+    )  # [P / tile, tile, K]
     return Columns(codes.flatten(0, 1).t(), scales, starts)
 
 
@@ -81,7 +83,7 @@ def dequantize_rows(x: Rows) -> Tensor:
 
 def dequantize_columns(x: Columns) -> Tensor:
     """What x stands for, float32 # [P, K]."""
-    values = _values(x.codes.t()).unflatten(0, (len(x.scales), -1))
+    values = _values(x.codes.t()).unflatten(0, (len(x.scales), _size(x.codes.shape[1], len(x.scales))))
     return (values * _scaled(x.scales)[:, None]).flatten(0, 1)
 
 

@@ -1,0 +1,167 @@
+"""Training with model.fp8 emulate: what travels and is saved is not quantised, engines compute the learner's numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from grpo import GRPOTrainer
+from grpo.config import ConfigError, GRPOConfig, load_config
+from grpo.evaluate import evaluate_policy
+from grpo.learner import Learner
+from grpo.packing import pack
+from grpo.records import PackedBatch, TrainingSample
+from grpo.stages import run_sft
+from grpo.weight_sync import unpack
+from model import DeepseekV3ForCausalLM
+from model.create import create_model
+from model.fp8.modules import Fp8Experts, to_fp8
+from model.names import hf_state
+from rollout import SamplingParams, build_engine
+from tests.resume import check_resume
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_v3.yaml"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    spec = yaml.safe_load(TINY.read_text())
+    spec["config"]["initializer_range"] = 0.1  # attention and experts that do something
+    directory = tmp_path_factory.mktemp("tiny")
+    create_model(spec, directory, seed=0)
+    return directory
+
+
+def batches(seed: int = 0) -> list[list[PackedBatch]]:
+    """A mini-batch of three groups of four random samples, in two micro-batches."""
+    rng = np.random.default_rng(seed)
+
+    def sample(prompt: tuple[int, ...]) -> TrainingSample:
+        ids = tuple(rng.integers(0, 50, 7).tolist())
+        return TrainingSample(prompt, ids, 1 / 84, float(rng.normal()), tuple(rng.uniform(-5, -3, 7).tolist()))
+
+    prompts = [tuple(rng.integers(0, 50, 6).tolist()) for _ in range(3)]
+    return [pack([[sample(prompt) for _ in range(4)] for prompt in prompts], 80)]
+
+
+def state(learner: Learner) -> dict[str, torch.Tensor]:
+    """Every tensor of the model, the master weights, and the optimiser's."""
+    found = {name: tensor.clone() for name, tensor in learner.policy.model.state_dict().items()}
+    for name, master in zip(learner.policy.names, learner.policy.master):
+        found[f"{name}|master"] = master.detach().clone()
+        found |= {f"{name}|{key}": value.clone() for key, value in learner.optimizer.state[master].items()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str) -> None:
+    config = GRPOConfig(learning_rate=1e-3, mtp_loss_weight=0.1)
+    learner, fresh = (Learner(tiny, config, dtype=dtype, fp8="emulate") for _ in range(2))
+    check_resume(learner, fresh, [batches(0), batches(1), batches(2)], state, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_not_quantised_and_prove_themselves(tiny: Path, dtype: str) -> None:
+    """What travels is the parameters, and the canaries are what a plain model makes of them."""
+    config = GRPOConfig(learning_rate=1e-2)
+    learner = Learner(tiny, config, dtype=dtype, fp8="emulate", canaries=True)
+    learner.step(batches())
+    buckets = learner.weights()
+    for (name, got), (want_name, want) in zip(unpack(buckets), hf_state(learner.policy.model), strict=True):
+        assert name == want_name and torch.equal(got, want)
+    plain = DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype))
+    plain.load_state_dict(learner.policy.model.state_dict())
+    canary = buckets[0].canary
+    assert canary is not None
+    ids = torch.tensor(canary.prompts)
+    with torch.no_grad():
+        logprobs = plain(ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        assert (logprobs - torch.tensor(canary.logprobs)).abs().max() < (1e-4 if dtype == "float32" else 5e-2)
+        to_fp8(plain, "emulate")
+        fp8 = plain(ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    assert (fp8 - torch.tensor(canary.logprobs)).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("recipe", ["blockwise_ue8m0", "mxfp8"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_engine_computes_the_learners_numbers(tiny: Path, recipe: str, exact: bool) -> None:
+    """To FP32's rounding, but where that decides a code or an expert."""
+    engine = build_engine(tiny, fp8="emulate", fp8_recipe=recipe, exact=exact)
+    learner = Learner(tiny, GRPOConfig(learning_rate=1e-2), fp8="emulate", fp8_recipe=recipe)
+    learner.step(batches())
+    engine.load_weights(unpack(learner.weights()), 1)
+    prompts = [list(range(3, 8 + i)) for i in range(8)]
+    params = SamplingParams(max_tokens=8, seed=0, ignore_eos=True)
+    errors = []
+    for prompt, (completion,) in zip(prompts, engine.generate(prompts, params), strict=True):
+        sample = TrainingSample(tuple(prompt), completion.token_ids, 1.0)
+        (batch,) = pack([[sample]], 1000)
+        errors += (learner.logprobs(batch) - torch.tensor(completion.logprobs)).abs().tolist()
+    assert np.median(errors) < 1e-5 and np.mean(errors) < 1e-2
+
+
+def settings(tmp: Path, **model: Any) -> dict[str, Any]:
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
+    (tmp / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "run": {"cluster": "inline", "output_dir": str(tmp / "run"), "save_steps": 2},
+        "model": {"init": str(TINY), "fp8": "emulate", **model},
+        "data": {"path": str(tmp / "sums.jsonl"), "eval_size": 8, "completion_template": "{answer}"},
+        "rollout": {"max_completion_length": 6},
+        "rewards": {"length": {"weight": 0.5, "max": 6}, "exact_match": 1.0},
+        "sft": {"max_steps": 3, "learning_rate": 1e-3},
+        "grpo": {"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "learning_rate": 1e-3, "beta": 0.01},
+    }
+
+
+def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GRPO with its warm start, a KL reference in FP8 as well, and the evaluation of its last checkpoint."""
+    monkeypatch.chdir(tmp_path)  # where the warm start is kept
+    calls, forward = 0, Fp8Experts.forward
+
+    def counted(self: Fp8Experts, *args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return forward(self, *args)
+
+    monkeypatch.setattr(Fp8Experts, "forward", counted)
+    GRPOTrainer(settings(tmp_path)).train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-3
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and calls > 50
+    last = tmp_path / "run" / "checkpoints" / "step_3"
+    assert "quantization_config" not in json.loads((last / "config.json").read_text())
+    assert evaluate_policy(str(tmp_path / "run"), [], n=2, ks=[1])["greedy_accuracy"] == rows[-1]["eval/accuracy"]
+
+
+def test_supervised_stage(tmp_path: Path) -> None:
+    create_model(yaml.safe_load(TINY.read_text()), tmp_path / "model", seed=0)
+    losses = []
+    for fp8 in ("off", "emulate"):
+        config = load_config(settings(tmp_path, init=None, path=str(tmp_path / "model"), fp8=fp8))
+        run_sft(config, tmp_path / "model", tmp_path / fp8)
+        lines = (tmp_path / fp8 / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert 0 < max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.02 * losses[0][0]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"fp8": "yes"}, "model.fp8"),
+        ({"lora": {"r": 4}}, "model.fp8 emulate trains all weights, model.lora an adapter"),
+        ({"family": "auto"}, "model.fp8 emulate needs model.family deepseek_v3"),
+        ({"fp8": "on", "fp8_recipe": "mxfp8"}, "mxfp8 is emulated only"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as err:
+        load_config(settings(tmp_path, **model))
+    assert message in str(err.value) and "\n" not in str(err.value)
