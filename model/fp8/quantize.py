@@ -34,7 +34,7 @@ def quantize_blocks(weight: Tensor, block: tuple[int, int] = BLOCK, ue8m0: bool 
 
 def scale_of(largest: Tensor, ue8m0: bool) -> Tensor:
     """Scales of blocks whose largest absolute values are given, float32 of any shape; NaN for a NaN or an infinity."""
-    scale_inv = largest.clamp(min=TINY) / E4M3_MAX
+    scale_inv = largest.clamp(min=TINY) / torch.full_like(largest, E4M3_MAX)  # CUDA multiplies by 1 / a plain number
     if ue8m0:
         # Exact, which log2 is not: a mantissa that is not zero carries into the exponent, then goes.
         scale_inv = ((scale_inv.view(torch.int32) + MANTISSA) & ~MANTISSA).view(torch.float32)

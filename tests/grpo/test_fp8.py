@@ -1,4 +1,4 @@
-"""Training with model.fp8 emulate: what travels and is saved is not quantised, engines compute the learner's numbers."""
+"""Training with model.fp8 emulate: what travels and is saved is plain, engines compute the learner's numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FP8 modules: their numbers against hand computation and FP32, what is quantised how often, and what stays as it was."""
+"""FP8 modules: their numbers against hand computation and FP32, what is cast how often, and what stays as it was."""
 
 from __future__ import annotations
 
