@@ -18,13 +18,13 @@ from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.records import PackedBatch, TrainingSample
 from grpo.stages import run_sft
-from grpo.weight_sync import unpack
 from model import DeepseekV3ForCausalLM
 from model.create import create_model
 from model.fp8.modules import Fp8Experts, to_fp8
 from model.names import hf_state
 from rollout import SamplingParams, build_engine
 from tests.resume import check_resume
+from tests.weights import unpacked
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_v3.yaml"
 
@@ -74,7 +74,7 @@ def test_weights_are_not_quantised_and_prove_themselves(tiny: Path, dtype: str) 
     learner = Learner(tiny, config, dtype=dtype, fp8="emulate", canaries=True)
     learner.step(batches())
     buckets = learner.weights()
-    for (name, got), (want_name, want) in zip(unpack(buckets), hf_state(learner.policy.model), strict=True):
+    for (name, got), (want_name, want) in zip(unpacked(buckets), hf_state(learner.policy.model), strict=True):
         assert name == want_name and torch.equal(got, want)
     plain = DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype))
     plain.load_state_dict(learner.policy.model.state_dict())
@@ -96,7 +96,7 @@ def test_the_engine_computes_the_learners_numbers(tiny: Path, recipe: str, exact
     engine = build_engine(tiny, fp8="emulate", fp8_recipe=recipe, exact=exact)
     learner = Learner(tiny, GRPOConfig(learning_rate=1e-2), fp8="emulate", fp8_recipe=recipe)
     learner.step(batches())
-    engine.load_weights(unpack(learner.weights()), 1)
+    engine.load_weights(unpacked(learner.weights()), 1)
     prompts = [list(range(3, 8 + i)) for i in range(8)]
     params = SamplingParams(max_tokens=8, seed=0, ignore_eos=True)
     errors = []
