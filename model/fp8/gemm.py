@@ -1,0 +1,180 @@
+"""Grouped block-scaled FP8 products for Hopper (Gluon): ragged groups, not padded, tiles found on the device.
+
+A producer warp feeds a ring of shared memory by TMA; two consumer warpgroups, 64 rows of a 128 x 256 tile each, promote
+every slab of 128 along K to FP32 registers while the other one keeps the tensor core busy. A row of B takes two wgmma of
+128 columns, so that 128 promoted and 64 running sums fit in a thread's registers.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from model.fp8.tiles import Tiles
+
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
+STAGES = 4
+SUPER = 16  # tiles along M that share their tiles of B in L2
+SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+
+
+@gluon.jit
+def _coordinates(tile, tiles_m, tiles_n, SUPER: gl.constexpr):
+    """Tile number -> (m, n): rows of tiles in bands of SUPER, m fastest within a band."""
+    band = tile // (SUPER * tiles_n)
+    height = gl.minimum(tiles_m - band * SUPER, SUPER)
+    inside = tile - band * SUPER * tiles_n
+    return band * SUPER + inside % height, inside // height
+
+
+@gluon.jit
+def _produce(a_desc, b_desc, a_ring, b_ring, full, empty, tiles, count, N, slabs, tiles_n, SUPER: gl.constexpr):
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BLOCK_N: gl.constexpr = b_ring.shape[1]
+    BYTES: gl.constexpr = a_ring.shape[1] * a_ring.shape[2] + b_ring.shape[1] * b_ring.shape[2]
+    tiles_m = gl.load(count)
+    step = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        m, n = _coordinates(tile, tiles_m, tiles_n, SUPER)
+        row = gl.load(tiles + 4 * m + 1)
+        column = gl.load(tiles + 4 * m) * N + n * BLOCK_N
+        for slab in range(slabs):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), BYTES)
+            tma.async_copy_global_to_shared(a_desc, [row, slab * 128], full.index(stage), a_ring.index(stage))
+            tma.async_copy_global_to_shared(b_desc, [column, slab * 128], full.index(stage), b_ring.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, a_ring, b_ring, full, empty, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
+    as_m, as_k, bs_e, bs_n, bs_k, SUPER: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = a_ring.shape[0]
+    BLOCK_N: gl.constexpr = b_ring.shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    # FP32 leaves from where it is, 4 threads to a sector of 32 bytes: there is no shared memory left to reorder it.
+    NARROW: gl.constexpr = out.dtype.element_ty.primitive_bitwidth == 16
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]) if NARROW else ACC
+    tiles_m = gl.load(count)
+    step = 0
+    running = gl.zeros([64, 128], gl.float32, ACC)
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        m, n = _coordinates(tile, tiles_m, tiles_n, SUPER)
+        group = gl.load(tiles + 4 * m)
+        row = gl.load(tiles + 4 * m + 1) + half * 64
+        end = gl.load(tiles + 4 * m + 2)
+        rows = row + gl.arange(0, 64, ROW)
+        a_ptr = a_scale + rows * as_m
+        b_ptr = b_scale + group * bs_e + n * (BLOCK_N // 128) * bs_n
+        second = gl.where(n * BLOCK_N + 128 < N, bs_n, 0)
+        left = gl.zeros([64, 128], gl.float32, ACC)
+        right = gl.zeros([64, 128], gl.float32, ACC)
+        sa = gl.load(a_ptr, mask=rows < end, other=0.0)
+        s0 = gl.load(b_ptr)
+        s1 = gl.load(b_ptr + second)
+        for slab in range(slabs):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            a = a_ring.index(stage).slice(half * 64, 64)
+            b = b_ring.index(stage)
+            token = warpgroup_mma(a, b.slice(0, 128).permute((1, 0)), running, use_acc=False, is_async=True)
+            more = slab + 1 < slabs
+            a_ptr += as_k
+            b_ptr += bs_k
+            sa_next = gl.load(a_ptr, mask=(rows < end) & more, other=0.0)
+            s0_next = gl.load(b_ptr, mask=more, other=0.0)
+            s1_next = gl.load(b_ptr + second, mask=more, other=0.0)
+            scale0 = (sa * s0)[:, None]
+            scale1 = (sa * s1)[:, None]
+            running = warpgroup_mma_wait(0, deps=[token])
+            left += running * scale0
+            token = warpgroup_mma(a, b.slice(128, 128).permute((1, 0)), running, use_acc=False, is_async=True)
+            running = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(empty.index(stage), count=1)
+            right += running * scale1
+            sa, s0, s1 = sa_next, s0_next, s1_next
+            step += 1
+        _store(left, out, row, end, n * BLOCK_N, N, OUT)
+        _store(right, out, row, end, n * BLOCK_N + 128, N, OUT)
+
+
+@gluon.jit
+def _store(acc, out, row, end, column, N, OUT: gl.constexpr):
+    value = gl.convert_layout(acc.to(out.dtype.element_ty), OUT)
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, OUT))
+    columns = column + gl.arange(0, 128, gl.SliceLayout(0, OUT))
+    gl.store(out + rows.to(gl.int64)[:, None] * N + columns[None, :], value, (rows < end)[:, None] & (columns < N)[None, :])
+
+
+@gluon.jit
+def grouped_kernel(
+    a_desc, b_desc, a_scale, b_scale, out, tiles, count, N, slabs, as_m, as_k, bs_e, bs_n, bs_k,
+    SUPER: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """out # [M, N]: rows of group e of a # [M, K] times b # [E N, K] transposed, FP32 scales a slab of 128 along K."""
+    BLOCK_M: gl.constexpr = a_desc.block_type.shape[0]
+    BLOCK_N: gl.constexpr = b_desc.block_type.shape[0]
+    a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_M, 128], a_desc.layout)
+    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, 128], b_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    tiles_n = (N + BLOCK_N - 1) // BLOCK_N
+    half0: gl.constexpr = 0
+    half1: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_consume, (half0, a_ring, b_ring, full, empty, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
+                        as_m, as_k, bs_e, bs_n, bs_k, SUPER)),
+            (_consume, (half1, a_ring, b_ring, full, empty, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
+                        as_m, as_k, bs_e, bs_n, bs_k, SUPER)),
+            (_produce, (a_desc, b_desc, a_ring, b_ring, full, empty, tiles, count, N, slabs, tiles_n, SUPER)),
+        ],
+        [4, 1],
+        [232, 24],
+    )  # fmt: skip
+
+
+def grouped_product(
+    codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, tiles: Tiles, dtype: torch.dtype
+) -> Tensor:
+    """codes # [M, K], scales # [M, K/128], weight # [E, N, K], its scales # [E, N/128, K/128] -> # [M, N] in dtype.
+
+    Row m is multiplied by the weight of its group, transposed.
+    """
+    (M, K), (E, N, _) = codes.shape, weight.shape
+    out = torch.empty(M, N, dtype=dtype, device=codes.device)
+    if M == 0:
+        return out
+    a_desc = TensorDescriptor.from_tensor(codes, [BLOCK_M, BLOCK_K], SHARED)
+    b_desc = TensorDescriptor.from_tensor(weight.view(E * N, K), [BLOCK_N, BLOCK_K], SHARED)
+    slabs = -(-K // BLOCK_K)
+    grid = (min(processors(codes.device), tiles.most * -(-N // BLOCK_N)),)
+    grouped_kernel[grid](
+        a_desc, b_desc, scales, weight_scales, out, tiles.table, tiles.count, N, slabs, *scales.stride(),
+        *weight_scales.stride(), SUPER, STAGES, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU: programs of a persistent grid."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

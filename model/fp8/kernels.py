@@ -1,0 +1,85 @@
+"""The functions of model/fp8/reference.py on a Hopper GPU: same names, arguments and results, computed by kernels.
+
+Importing this needs Triton; `check` says in one line what a machine lacks.
+"""
+
+import torch
+from torch import Tensor
+
+from model.fp8 import casts, swiglu
+from model.fp8.forms import Columns, Recipe, Rows, Weight
+from model.fp8.gemm import grouped_product
+from model.fp8.swiglu import combine
+from model.fp8.tiles import tiles
+from model.fp8.wgrad import grouped_outer
+
+__all__ = ["check", "combine", "grouped_dgrad", "grouped_linear", "grouped_wgrad", "permute_gradient", "permute_quantize"]
+__all__ += ["quantize_both", "quantize_gradient", "quantize_rows", "quantize_weight", "swiglu_backward", "swiglu_quantize"]
+
+
+def check(recipe: Recipe, *widths: int) -> None:
+    """Raises ValueError where this machine, the recipe or a layer's width cannot use the kernels."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise ValueError("model.fp8 is 'on': the kernels need a Hopper GPU (compute capability 9); use 'emulate'")
+    if recipe.tile != 128 or recipe.weight_block != (128, 128):
+        raise ValueError("model.fp8 is 'on': the kernels know tiles of 128 and blocks of 128 x 128; use 'emulate'")
+    if odd := [n for n in widths if n % 16]:
+        raise ValueError(f"model.fp8 is 'on': widths {odd} are not multiples of 16; use 'emulate'")
+
+
+def quantize_rows(x: Tensor, recipe: Recipe) -> Rows:
+    """x # [M, K] FP32 or BF16 -> its row-wise form."""
+    return Rows(*casts.cast(x.contiguous(), None, recipe.ue8m0)[0])
+
+
+def quantize_both(x: Tensor, ends: Tensor | None, recipe: Recipe) -> tuple[Rows, Columns]:
+    """x # [M, K] FP32 or BF16, groups that end at ends # [E] -> both forms, in one pass."""
+    rows, columns = casts.cast(x.contiguous(), tiles(ends, len(x), x.device), recipe.ue8m0)
+    return Rows(*rows), Columns(*columns)
+
+
+def permute_quantize(x: Tensor, token: Tensor, ends: Tensor, recipe: Recipe) -> tuple[Rows, Columns]:
+    """Both forms of x[token], x # [T, K], token # [M] int64, in one pass."""
+    rows, columns = casts.cast(x.contiguous(), tiles(ends, len(token), x.device), recipe.ue8m0, token=token)
+    return Rows(*rows), Columns(*columns)
+
+
+quantize_gradient, permute_gradient = quantize_both, permute_quantize
+
+
+def quantize_weight(w: Tensor, recipe: Recipe) -> Weight:
+    """w # [E, N, K] FP32 or BF16 -> its blocks and the same bytes transposed, in one pass."""
+    codes, scales, codes_t = casts.cast_weight(w.contiguous(), recipe.ue8m0)
+    return Weight(codes, scales, codes_t, scales.transpose(1, 2))
+
+
+def grouped_linear(x: Rows, w: Weight, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x # [M, K] times w[e]^T for the rows of group e, w # [E, N, K] -> # [M, N]."""
+    return grouped_product(*x, w.codes, w.scales, tiles(ends, len(x.codes), x.codes.device), dtype)
+
+
+def grouped_dgrad(g: Rows, w: Weight, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """g # [M, N] times w[e] for the rows of group e, w # [E, N, K] -> # [M, K]."""
+    return grouped_product(*g, w.codes_t, w.scales_t, tiles(ends, len(g.codes), g.codes.device), dtype)
+
+
+def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """g^T x of each group, g # of [M, N], x # of [M, K] -> # [E, N, K] in dtype, or added to into, float32."""
+    return grouped_outer(g.codes, g.scales, x.codes, x.scales, g.starts, dtype, into)
+
+
+def swiglu_quantize(gate_up: Tensor, recipe: Recipe, weight: Tensor | None = None) -> tuple[Rows, Rows]:
+    """gate_up # [M, 2I], weight # [M] -> weight * silu(gate) * up # [M, I] cast from FP32, and gate_up for the backward."""
+    codes, scales, saved, saved_scales = swiglu.swiglu_forward(gate_up.contiguous(), weight, recipe.ue8m0)
+    return Rows(codes, scales), Rows(saved, saved_scales)
+
+
+def swiglu_backward(
+    saved: Rows, grad: Tensor, ends: Tensor | None, recipe: Recipe, weight: Tensor | None = None
+) -> tuple[Columns, Rows, Columns, Tensor | None]:
+    """saved # [M, 2I], grad # [M, I] of the activations -> the activations' columns, both forms of gate_up's gradient and
+    weight's gradient # [M].
+    """
+    t = tiles(ends, len(grad), grad.device)
+    act, rows, columns, d_weight = swiglu.swiglu_backward(*saved, grad.contiguous(), weight, t, recipe.ue8m0)
+    return Columns(*act, t.starts), Rows(*rows), Columns(*columns, t.starts), d_weight

@@ -1,0 +1,157 @@
+"""Weight gradients of grouped block-scaled FP8 products for Hopper (Gluon): each group's own tokens are contracted.
+
+Both operands are column-wise forms, scaled a column and 128 tokens; groups start at multiples of 128 with zeros behind
+them, so a slab belongs to one group. Built as gemm.py is, but both scales of a slab are vectors, which makes twice the
+work of promoting it: three consumer warpgroups take turns, each with 64 rows of a tile of 192 x 128.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from model.fp8.gemm import SHARED, processors
+
+ROWS, BLOCK_N, BLOCK_K, STAGES = 64, 192, 128, 5  # ROWS of a tile for each consumer
+FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+@gluon.jit
+def _place(tile, starts, tiles_n, tiles_k):
+    """Tile number -> its group, its tile along N and K, and the first and the last slab of 128 tokens of the group."""
+    group = tile // (tiles_n * tiles_k)
+    inside = tile % (tiles_n * tiles_k)
+    return group, inside % tiles_n, inside // tiles_n, gl.load(starts + group) // 128, gl.load(starts + group + 1) // 128
+
+
+@gluon.jit
+def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, groups, tiles_n, tiles_k):
+    STAGES: gl.constexpr = b_ring.shape[0]
+    BLOCK_K: gl.constexpr = b_ring.shape[1]
+    BYTES: gl.constexpr = (192 + BLOCK_K) * 128 + BLOCK_K * 4
+    step = 0
+    for tile in range(gl.program_id(0), groups * tiles_n * tiles_k, gl.num_programs(0)):
+        _, n, k, first, last = _place(tile, starts, tiles_n, tiles_k)
+        n, k = n * 192, k * BLOCK_K
+        for slab in range(first, last):
+            stage = step % STAGES
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, BYTES)
+            tma.async_copy_global_to_shared(b_desc, [k, slab * 128], bar, b_ring.index(stage))
+            tma.async_copy_global_to_shared(s_desc, [slab, k], bar, s_ring.index(stage))
+            tma.async_copy_global_to_shared(a_desc, [n, slab * 128], bar, a0.index(stage))
+            tma.async_copy_global_to_shared(a_desc, [n + 64, slab * 128], bar, a1.index(stage))
+            tma.async_copy_global_to_shared(a_desc, [n + 128, slab * 128], bar, a2.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _consume(
+    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K,
+    ADD: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = b_ring.shape[0]
+    BLOCK_K: gl.constexpr = b_ring.shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    step = 0
+    running = gl.zeros([64, BLOCK_K], gl.float32, ACC)
+    for tile in range(gl.program_id(0), groups * tiles_n * tiles_k, gl.num_programs(0)):
+        group, n, k, first, last = _place(tile, starts, tiles_n, tiles_k)
+        n, k = n * 192 + third * 64, k * BLOCK_K
+        rows = n + gl.arange(0, 64, ROW)
+        a_ptr = a_scale + first * N + rows
+        acc = gl.zeros([64, BLOCK_K], gl.float32, ACC)
+        sa = gl.load(a_ptr, mask=(rows < N) & (first < last), other=0.0)
+        for slab in range(first, last):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            b = b_ring.index(stage).permute((1, 0))
+            token = warpgroup_mma(a_ring.index(stage), b, running, use_acc=False, is_async=True)
+            a_ptr += N
+            sa_next = gl.load(a_ptr, mask=(rows < N) & (slab + 1 < last), other=0.0)
+            running = warpgroup_mma_wait(0, deps=[token])
+            sb = s_ring.index(stage).load(ACC)
+            mbarrier.arrive(empty.index(stage), count=1)
+            acc += running * sb * sa[:, None]
+            sa = sa_next
+            step += 1
+        _store(acc, out + group.to(gl.int64) * N * K, n, k, N, K, ADD)
+
+
+@gluon.jit
+def _store(acc, out, row, column, N, K, ADD: gl.constexpr):
+    # Straight from the accumulators' layout: 4 threads write a sector of 32 bytes, and no shared memory is needed.
+    value = acc.to(out.dtype.element_ty)
+    rows = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+    columns = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    where = out + rows[:, None] * K + columns[None, :]
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
+    if ADD:  # nobody else adds to this tile, so the sum does not depend on an order; a load would need 64 registers more
+        gl.atomic_add(where, value, mask, sem="relaxed")
+    else:
+        gl.store(where, value, mask)
+
+
+@gluon.jit
+def wgrad_kernel(
+    a_desc, b_desc, s_desc, a_scale, out, starts, groups, N, K, STAGES: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """out # [E, N, K]: a # [N, tokens] times b # [K, tokens] transposed over the tokens of each group, added to out with ADD."""
+    BLOCK_K: gl.constexpr = b_desc.block_type.shape[0]
+    a0 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
+    a1 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
+    a2 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
+    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_K, 128], b_desc.layout)
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_K], s_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=3)
+    fence_async_shared()
+    tiles_n = (N + 191) // 192
+    tiles_k = (K + BLOCK_K - 1) // BLOCK_K
+    third0: gl.constexpr = 0
+    third1: gl.constexpr = 1
+    third2: gl.constexpr = 2
+    gl.warp_specialize(
+        [
+            (_consume, (third0, a0, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K, ADD)),
+            (_consume, (third1, a1, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K, ADD)),
+            (_consume, (third2, a2, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K, ADD)),
+            (_produce, (a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, groups, tiles_n, tiles_k)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip
+
+
+def grouped_outer(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, starts: Tensor, dtype: torch.dtype, into: Tensor | None
+) -> Tensor:
+    """a # [N, P], its scales # [P/128, N], b # [K, P], its scales # [P/128, K], starts # [E + 1] -> # [E, N, K] in dtype.
+
+    For each group a b^T over its own columns; zeros for a group without any. into # [E, N, K] float32 is added to.
+    """
+    N, P, K, E = *a.shape, len(b), len(starts) - 1
+    out = torch.empty(E, N, K, dtype=dtype, device=a.device) if into is None else into
+    if P == 0:
+        return out.zero_() if into is None else into
+    a_desc = TensorDescriptor.from_tensor(a, [ROWS, 128], SHARED)
+    b_desc = TensorDescriptor.from_tensor(b, [BLOCK_K, 128], SHARED)
+    s_desc = TensorDescriptor.from_tensor(b_scales, [1, BLOCK_K], FLAT)
+    grid = (min(processors(a.device), E * -(-N // BLOCK_N) * -(-K // BLOCK_K)),)
+    wgrad_kernel[grid](
+        a_desc, b_desc, s_desc, a_scales, out, starts, E, N, K, STAGES, into is not None, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,196 @@
+"""FP8 kernels against the reference: casts anywhere by Triton's interpreter, products on a Hopper GPU only."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.fp8 import reference
+from model.fp8.forms import Columns, Recipe, Rows, Weight
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+casts = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
+products = pytest.mark.skipif(not GPU, reason="needs a Hopper GPU")
+SIZES = [[0, 1, 127, 0, 128, 129, 0], [0], [300], [0, 0, 513]]  # tokens of each group
+if GPU or INTERPRETED:
+    from model.fp8 import kernels
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run here themselves")
+def test_casts_run_in_the_interpreter() -> None:
+    # A process of its own: Triton reads the variable when it is imported, which may be long past.
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+def ends_of(sizes: list[int]) -> torch.Tensor:
+    return torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+
+
+def wide(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random numbers whose rows and columns differ in size."""
+    x = torch.randn(*shape, device=DEVICE)
+    return (x * torch.randn(shape[-2], 1, device=DEVICE).exp() * torch.randn(shape[-1], device=DEVICE).exp()).to(dtype)
+
+
+def poison(size: int = 1 << 22) -> None:
+    """Leaves NaN where the next outputs are allocated."""
+    if GPU:
+        torch.full((size,), float("nan"), device=DEVICE)
+
+
+def assert_same(ours: tuple, theirs: tuple) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        a, b = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (a.contiguous(), b.contiguous()))
+        assert a.shape == b.shape and torch.equal(a, b), (a.shape, int((a != b).sum()))
+
+
+def assert_near(ours: Rows | Columns, theirs: Rows | Columns) -> None:
+    """Equal but where another exp or sum was on the other side of a rounding."""
+    assert (ours.scales / theirs.scales - 1).abs().max() < 1e-5
+    assert (ours.codes.float() != theirs.codes.float()).float().mean() < 2e-3
+
+
+@casts
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_casts_write_the_reference_bytes_and_scales(sizes: list[int], ue8m0: bool, dtype: torch.dtype) -> None:
+    recipe, ends = Recipe(ue8m0=ue8m0), ends_of(sizes)
+    x = wide(sum(sizes), 208, dtype=dtype)
+    poison()
+    for ours, theirs in zip(kernels.quantize_both(x, ends, recipe), reference.quantize_both(x, ends, recipe)):
+        assert_same(ours, theirs)
+    assert_same(kernels.quantize_rows(x, recipe), reference.quantize_rows(x, recipe))
+    for ours, theirs in zip(kernels.quantize_both(x, None, recipe), reference.quantize_both(x, None, recipe)):
+        assert_same(ours, theirs)
+    source, token = wide(37, 208, dtype=dtype), torch.randint(0, 37, (sum(sizes),), device=DEVICE)
+    ours = kernels.permute_quantize(source, token, ends, recipe)
+    for mine, theirs in zip(ours, reference.permute_quantize(source, token, ends, recipe)):
+        assert_same(mine, theirs)
+
+
+@casts
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_weight_cast(ue8m0: bool) -> None:
+    w = wide(3, 208, 144)
+    ours, theirs = kernels.quantize_weight(w, Recipe(ue8m0=ue8m0)), reference.quantize_weight(w, Recipe(ue8m0=ue8m0))
+    assert_same(ours, theirs)
+    assert ours.codes_t.is_contiguous()
+
+
+@casts
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu(weighted: bool) -> None:
+    sizes, inner, recipe = [0, 1, 127, 0, 129], 256, Recipe()
+    rows, ends = sum(sizes), ends_of(sizes)
+    gate_up = torch.randn(rows, 2 * inner, device=DEVICE).bfloat16()
+    weight = torch.rand(rows, device=DEVICE) if weighted else None
+    poison()
+    (act, saved), (act_, saved_) = (m.swiglu_quantize(gate_up, recipe, weight) for m in (kernels, reference))
+    assert_near(act, act_)
+    assert_same(saved, saved_)
+    grad = torch.randn(rows, inner, device=DEVICE).bfloat16()
+    ours, theirs = (m.swiglu_backward(saved_, grad, ends, recipe, weight) for m in (kernels, reference))
+    for mine, other in zip(ours[:3], theirs[:3]):
+        assert_near(mine, other)
+    if weighted:
+        torch.testing.assert_close(ours[3], theirs[3], rtol=1e-4, atol=1e-4)
+
+
+@casts
+def test_combine() -> None:
+    y, inverse = torch.randn(60, 96, device=DEVICE).bfloat16(), torch.randint(0, 60, (20, 3), device=DEVICE)
+    torch.testing.assert_close(kernels.combine(y, inverse), reference.combine(y, inverse), rtol=8e-3, atol=1e-6)
+
+
+@casts
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_tile_with_a_bad_number_is_bad_as_a_whole(bad: float) -> None:
+    x = torch.randn(200, 256, device=DEVICE)
+    x[5, 130] = bad
+    rows, columns = kernels.quantize_both(x, None, Recipe())
+    values = rows.codes.float().view(200, 2, 128) * rows.scales[..., None]
+    assert values[5, 1].isnan().all() and values.isnan().sum() == 128
+    values = columns.codes.float().view(256, 2, 128) * columns.scales.t()[..., None]
+    assert values[130, 0].isnan().all() and values.isnan().sum() == 128
+
+
+def products_of(
+    sizes: list[int], n: int, k: int, gradient: bool = False
+) -> tuple[Rows, Columns, Columns, Weight, torch.Tensor]:
+    ends, recipe = ends_of(sizes), Recipe()
+    rows, columns = reference.quantize_both(wide(sum(sizes), n if gradient else k), ends, recipe)
+    other = reference.quantize_columns(wide(sum(sizes), k if gradient else n), ends, recipe)
+    return rows, columns, other, kernels.quantize_weight(wide(len(sizes), n, k), recipe), ends
+
+
+def assert_bound(ours: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
+    assert ours.shape == exact.shape
+    assert not ours.isnan().any()
+    assert ((ours.double() - exact).abs() <= bound).all(), ((ours.double() - exact).abs() / bound).max()
+
+
+def rounding(bound: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return 1e-5 * bound + (exact.abs() * 2.0**-8 if dtype == torch.bfloat16 else 0) + 1e-30
+
+
+@products
+@pytest.mark.parametrize("sizes", [*SIZES, [1000, 30, 0, 700]], ids=str)
+@pytest.mark.parametrize("shape", [(256, 128), (384, 1408), (208, 144), (1408, 2048)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products(sizes: list[int], shape: tuple[int, int], dtype: torch.dtype) -> None:
+    n, k = shape
+    x, _, _, w, ends = products_of(sizes, n, k)
+    starts = [0, *ends.tolist()]
+    a, b = reference.dequantize_rows(x).double(), reference.dequantize_weight(w).double()
+    poison()
+    y = kernels.grouped_linear(x, w, ends, dtype)
+    for e in range(len(sizes)):
+        rows = slice(starts[e], starts[e + 1])
+        exact, bound = a[rows] @ b[e].t(), a[rows].norm(dim=1)[:, None] * b[e].norm(dim=1)
+        assert_bound(y[rows], exact, rounding(bound, exact, dtype))
+    g, columns, other, w, ends = products_of(sizes, n, k, gradient=True)
+    a, b = reference.dequantize_rows(g).double(), reference.dequantize_weight(w, transposed=True).double()
+    poison()
+    dx = kernels.grouped_dgrad(g, w, ends, dtype)
+    for e in range(len(sizes)):
+        rows = slice(starts[e], starts[e + 1])
+        exact, bound = a[rows] @ b[e].t(), a[rows].norm(dim=1)[:, None] * b[e].norm(dim=1)
+        assert_bound(dx[rows], exact, rounding(bound, exact, dtype))
+    poison()
+    dw = kernels.grouped_wgrad(columns, other, dtype)
+    a, b = reference.dequantize_columns(columns).double(), reference.dequantize_columns(other).double()
+    starts = columns.starts.tolist()
+    for e in range(len(sizes)):
+        rows = slice(starts[e], starts[e + 1])
+        exact, bound = a[rows].t() @ b[rows], a[rows].norm(dim=0)[:, None] * b[rows].norm(dim=0)
+        assert_bound(dw[e], exact, rounding(bound, exact, dtype))
+    if dtype == torch.float32:
+        before = torch.randn_like(dw)
+        into = before.clone()
+        assert kernels.grouped_wgrad(columns, other, dtype, into) is into
+        torch.testing.assert_close(into, before + dw, rtol=1e-6, atol=1e-6)
+
+
+@products
+def test_a_bad_row_stays_in_its_group() -> None:
+    sizes = [5, 130]
+    ends = ends_of(sizes)
+    x = torch.randn(135, 256, device=DEVICE)
+    x[7, 3] = float("nan")
+    w = torch.randn(2, 384, 256, device=DEVICE)
+    rows, columns = kernels.quantize_both(x, ends, Recipe())
+    weight = kernels.quantize_weight(w, Recipe())
+    y = kernels.grouped_linear(rows, weight, ends, torch.float32)
+    assert y[7].isnan().all() and y.isnan().sum() == 384
+    g = kernels.quantize_both(torch.randn(135, 384, device=DEVICE), ends, Recipe())[1]
+    dw = kernels.grouped_wgrad(g, columns, torch.float32)
+    assert dw[1, :, 3].isnan().all() and dw.isnan().sum() == 384
