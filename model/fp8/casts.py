@@ -13,6 +13,7 @@ from model.fp8.tiles import Tiles
 
 WARPS = 8  # of a program that casts 128 x 128 numbers
 GROUP = 8  # neighbouring tokens in one thread's registers: 128 x 128 numbers / 8 warps / 8 channels at a time
+REGISTERS = 128  # of a thread, so that two programs fit on a multiprocessor and one loads while the other computes
 INTERPRET = triton.knobs.runtime.interpret
 
 
@@ -142,14 +143,17 @@ def cast(
         _cast_kernel[grid](
             x, x if token is None else token, table, *row, *column, M, K, P,
             rows, tiles is not None, token is not None, GROUP, ue8m0, INTERPRET, num_warps=WARPS,
+            maxnreg=REGISTERS,
         )  # fmt: skip
     return (row[0], row[1].t()) if rows else None, None if tiles is None else (*column, tiles.starts)
 
 
 @triton.jit
-def _weight_kernel(w, codes, codes_t, scales, N, K, UE8M0: tl.constexpr, INTERPRET: tl.constexpr):
+def _weight_kernel(
+    w, codes, codes_t, scales, N, K, GROUP: tl.constexpr, UE8M0: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     block, tile, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = tile * 128 + tl.arange(0, 128)
+    rows = tile * 128 + shuffled(GROUP)
     columns = block * 128 + tl.arange(0, 128)
     mask = (rows < N)[:, None] & (columns < K)[None, :]
     where = expert * N * K + rows[:, None] * K + columns[None, :]
@@ -157,8 +161,9 @@ def _weight_kernel(w, codes, codes_t, scales, N, K, UE8M0: tl.constexpr, INTERPR
     scale, inverse = scale_of(tl.max(tl.max(magnitude(value), 1), 0), UE8M0, INTERPRET)
     code = encode(value, scale, inverse, UE8M0, INTERPRET)
     tl.store(codes + where, code, mask)
+    rows = tile * 128 + tl.arange(0, 128)
     where = expert * N * K + columns[:, None] * N + rows[None, :]
-    tl.store(codes_t + where, tl.trans(code), (columns < K)[:, None] & (rows < N)[None, :])
+    tl.store(codes_t + where, in_order(tl.trans(code), GROUP), (columns < K)[:, None] & (rows < N)[None, :])
     tl.store(scales + (expert * tl.num_programs(1) + tile) * tl.num_programs(0) + block, scale)
 
 
@@ -169,5 +174,5 @@ def cast_weight(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
     codes_t = torch.empty(E, K, N, dtype=torch.float8_e4m3fn, device=w.device)
     scales = torch.empty(E, triton.cdiv(N, 128), triton.cdiv(K, 128), device=w.device)
     grid = (scales.shape[2], scales.shape[1], E)
-    _weight_kernel[grid](w, codes, codes_t, scales, N, K, ue8m0, INTERPRET, num_warps=8)
+    _weight_kernel[grid](w, codes, codes_t, scales, N, K, GROUP, ue8m0, INTERPRET, num_warps=WARPS)
     return codes, scales, codes_t

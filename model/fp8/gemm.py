@@ -23,8 +23,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from model.fp8.tiles import Tiles
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
-STAGES = 4
-SUPER = 16  # tiles along M that share their tiles of B in L2
+STAGES = 3
+SUPER = 8  # tiles along M that share their tiles of B in L2
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
@@ -59,16 +59,13 @@ def _produce(a_desc, b_desc, a_ring, b_ring, full, empty, tiles, count, N, slabs
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, a_ring, b_ring, full, empty, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
-    as_m, as_k, bs_e, bs_n, bs_k, SUPER: gl.constexpr,
+    half: gl.constexpr, a_ring, b_ring, full, empty, left_staged, right_staged, out_desc, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
+    as_m, as_k, bs_e, bs_n, bs_k, STAGED: gl.constexpr, SUPER: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = a_ring.shape[0]
     BLOCK_N: gl.constexpr = b_ring.shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
-    # FP32 leaves from where it is, 4 threads to a sector of 32 bytes: there is no shared memory left to reorder it.
-    NARROW: gl.constexpr = out.dtype.element_ty.primitive_bitwidth == 16
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]) if NARROW else ACC
     tiles_m = gl.load(count)
     step = 0
     running = gl.zeros([64, 128], gl.float32, ACC)
@@ -108,28 +105,40 @@ def _consume(
             right += running * scale1
             sa, s0, s1 = sa_next, s0_next, s1_next
             step += 1
-        _store(left, out, row, end, n * BLOCK_N, N, OUT)
-        _store(right, out, row, end, n * BLOCK_N + 128, N, OUT)
+        column = n * BLOCK_N
+        if STAGED and row + 64 <= end:  # leaves by itself while the next tile is computed
+            tma.store_wait(0)
+            left_staged.store(left.to(out.dtype.element_ty))
+            right_staged.store(right.to(out.dtype.element_ty))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [row, column], left_staged)
+            tma.async_copy_shared_to_global(out_desc, [row, column + 128], right_staged)
+        else:
+            _store(left, out, row, end, column, N)
+            _store(right, out, row, end, column + 128, N)
+    if STAGED:
+        tma.store_wait(0)
 
 
 @gluon.jit
-def _store(acc, out, row, end, column, N, OUT: gl.constexpr):
-    value = gl.convert_layout(acc.to(out.dtype.element_ty), OUT)
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-    columns = column + gl.arange(0, 128, gl.SliceLayout(0, OUT))
-    gl.store(out + rows.to(gl.int64)[:, None] * N + columns[None, :], value, (rows < end)[:, None] & (columns < N)[None, :])
+def _store(acc, out, row, end, column, N):
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
+    columns = column + gl.arange(0, 128, gl.SliceLayout(0, acc.type.layout))
+    where = out + rows.to(gl.int64)[:, None] * N + columns[None, :]
+    gl.store(where, acc.to(out.dtype.element_ty), (rows < end)[:, None] & (columns < N)[None, :])
 
 
 @gluon.jit
 def grouped_kernel(
-    a_desc, b_desc, a_scale, b_scale, out, tiles, count, N, slabs, as_m, as_k, bs_e, bs_n, bs_k,
-    SUPER: gl.constexpr, STAGES: gl.constexpr,
+    a_desc, b_desc, out_desc, a_scale, b_scale, out, tiles, count, N, slabs, as_m, as_k, bs_e, bs_n, bs_k,
+    STAGED: gl.constexpr, SUPER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out # [M, N]: rows of group e of a # [M, K] times b # [E N, K] transposed, FP32 scales a slab of 128 along K."""
     BLOCK_M: gl.constexpr = a_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_type.shape[0]
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_M, 128], a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, 128], b_desc.layout)
+    staged = gl.allocate_shared_memory(out_desc.dtype, [4 if STAGED else 1, 64, 128 if STAGED else 32], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -141,10 +150,12 @@ def grouped_kernel(
     half1: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (half0, a_ring, b_ring, full, empty, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
-                        as_m, as_k, bs_e, bs_n, bs_k, SUPER)),
-            (_consume, (half1, a_ring, b_ring, full, empty, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
-                        as_m, as_k, bs_e, bs_n, bs_k, SUPER)),
+            (_consume, (half0, a_ring, b_ring, full, empty, staged.index(0 if STAGED else 0),
+                        staged.index(1 if STAGED else 0), out_desc, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
+                        as_m, as_k, bs_e, bs_n, bs_k, STAGED, SUPER)),
+            (_consume, (half1, a_ring, b_ring, full, empty, staged.index(2 if STAGED else 0),
+                        staged.index(3 if STAGED else 0), out_desc, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
+                        as_m, as_k, bs_e, bs_n, bs_k, STAGED, SUPER)),
             (_produce, (a_desc, b_desc, a_ring, b_ring, full, empty, tiles, count, N, slabs, tiles_n, SUPER)),
         ],
         [4, 1],
@@ -166,10 +177,13 @@ def grouped_product(
     a_desc = TensorDescriptor.from_tensor(codes, [BLOCK_M, BLOCK_K], SHARED)
     b_desc = TensorDescriptor.from_tensor(weight.view(E * N, K), [BLOCK_N, BLOCK_K], SHARED)
     slabs = -(-K // BLOCK_K)
+    # FP32 tiles leave from the registers: there is no room to stage them.
+    staged, layout = dtype == torch.bfloat16, gl.NVMMASharedLayout(128, 8 * out.element_size(), 2)
+    out_desc = TensorDescriptor.from_tensor(out, [64, 128 if staged else 32], layout)
     grid = (min(processors(codes.device), tiles.most * -(-N // BLOCK_N)),)
     grouped_kernel[grid](
-        a_desc, b_desc, scales, weight_scales, out, tiles.table, tiles.count, N, slabs, *scales.stride(),
-        *weight_scales.stride(), SUPER, STAGES, num_warps=4,
+        a_desc, b_desc, out_desc, scales, weight_scales, out, tiles.table, tiles.count, N, slabs, *scales.stride(),
+        *weight_scales.stride(), staged, SUPER, STAGES, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -47,6 +47,23 @@ def _tiles_kernel(ends, table, starts, count, E, most, GROUPS: tl.constexpr, BLO
         tl.store(count, total)
 
 
+@triton.jit
+def _order_kernel(starts, order, E, GROUPS: tl.constexpr):
+    groups = tl.arange(0, GROUPS)
+    begin = tl.load(starts + groups, groups < E, other=0)
+    size = tl.where(groups < E, tl.load(starts + groups + 1, groups < E, other=0) - begin, -1)
+    ahead = (size[None, :] > size[:, None]) | ((size[None, :] == size[:, None]) & (groups[None, :] < groups[:, None]))
+    tl.store(order + tl.sum(ahead.to(tl.int32), 1), groups, groups < E)
+
+
+def largest_first(starts: Tensor) -> Tensor:
+    """starts # [E + 1] int32 of padded groups -> the groups # [E] int32, those with most tokens first."""
+    groups = len(starts) - 1
+    order = torch.empty(groups, dtype=torch.int32, device=starts.device)
+    _order_kernel[(1,)](starts, order, groups, triton.next_power_of_2(groups), num_warps=8)
+    return order
+
+
 def tiles(ends: Tensor | None, rows: int, device: torch.device) -> Tiles:
     """ends # [E] int32 (None: one group of all rows), rows M -> the tiles of 128 rows that cover the groups."""
     ends = torch.full((1,), rows, dtype=torch.int32, device=device) if ends is None else ends

@@ -19,27 +19,45 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from model.fp8.gemm import SHARED, processors
+from model.fp8.tiles import largest_first
 
-ROWS, BLOCK_N, BLOCK_K, STAGES = 64, 192, 128, 5  # ROWS of a tile for each consumer
+ROWS, BLOCK_N, BLOCK_K, STAGES = 64, 192, 128, 3  # ROWS of a tile for each consumer
 FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 @gluon.jit
-def _place(tile, starts, tiles_n, tiles_k):
-    """Tile number -> its group, its tile along N and K, and the first and the last slab of 128 tokens of the group."""
-    group = tile // (tiles_n * tiles_k)
+def _turns(total):
+    """How many of the tiles 0 .. total this program takes; `_place` says which."""
+    programs = gl.num_programs(0)
+    waves = total // programs
+    return waves + (_position(waves) < total - waves * programs).to(gl.int32)
+
+
+@gluon.jit
+def _position(wave):
+    """This program's place in a wave. Every other wave is taken backwards: tiles come with the largest groups first,
+    so who had more to do in one wave has less in the next.
+    """
+    return gl.where(wave % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def _place(wave, starts, order, tiles_n, tiles_k):
+    """The tile of this wave: its group, its number along N and K, the first and the last slab of 128 tokens of the group."""
+    tile = wave * gl.num_programs(0) + _position(wave)
+    group = gl.load(order + tile // (tiles_n * tiles_k))
     inside = tile % (tiles_n * tiles_k)
     return group, inside % tiles_n, inside // tiles_n, gl.load(starts + group) // 128, gl.load(starts + group + 1) // 128
 
 
 @gluon.jit
-def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, groups, tiles_n, tiles_k):
+def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, order, groups, tiles_n, tiles_k):
     STAGES: gl.constexpr = b_ring.shape[0]
     BLOCK_K: gl.constexpr = b_ring.shape[1]
     BYTES: gl.constexpr = (192 + BLOCK_K) * 128 + BLOCK_K * 4
     step = 0
-    for tile in range(gl.program_id(0), groups * tiles_n * tiles_k, gl.num_programs(0)):
-        _, n, k, first, last = _place(tile, starts, tiles_n, tiles_k)
+    for wave in range(_turns(groups * tiles_n * tiles_k)):
+        _, n, k, first, last = _place(wave, starts, order, tiles_n, tiles_k)
         n, k = n * 192, k * BLOCK_K
         for slab in range(first, last):
             stage = step % STAGES
@@ -56,7 +74,7 @@ def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, st
 
 @gluon.jit
 def _consume(
-    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K,
+    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, staged, out_desc, a_scale, out, starts, order, groups, tiles_n, tiles_k, N, K,
     ADD: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = b_ring.shape[0]
@@ -65,12 +83,17 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     step = 0
     running = gl.zeros([64, BLOCK_K], gl.float32, ACC)
-    for tile in range(gl.program_id(0), groups * tiles_n * tiles_k, gl.num_programs(0)):
-        group, n, k, first, last = _place(tile, starts, tiles_n, tiles_k)
+    for wave in range(_turns(groups * tiles_n * tiles_k)):
+        group, n, k, first, last = _place(wave, starts, order, tiles_n, tiles_k)
         n, k = n * 192 + third * 64, k * BLOCK_K
         rows = n + gl.arange(0, 64, ROW)
         a_ptr = a_scale + first * N + rows
-        acc = gl.zeros([64, BLOCK_K], gl.float32, ACC)
+        if ADD:
+            columns = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, ACC))
+            where = out + group.to(gl.int64) * N * K + rows[:, None] * K + columns[None, :]
+            acc = gl.load(where, mask=(rows < N)[:, None] & (columns < K)[None, :], other=0.0)
+        else:
+            acc = gl.zeros([64, BLOCK_K], gl.float32, ACC)
         sa = gl.load(a_ptr, mask=(rows < N) & (first < last), other=0.0)
         for slab in range(first, last):
             stage = step % STAGES
@@ -85,26 +108,21 @@ def _consume(
             acc += running * sb * sa[:, None]
             sa = sa_next
             step += 1
-        _store(acc, out + group.to(gl.int64) * N * K, n, k, N, K, ADD)
-
-
-@gluon.jit
-def _store(acc, out, row, column, N, K, ADD: gl.constexpr):
-    # Straight from the accumulators' layout: 4 threads write a sector of 32 bytes, and no shared memory is needed.
-    value = acc.to(out.dtype.element_ty)
-    rows = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
-    columns = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    where = out + rows[:, None] * K + columns[None, :]
-    mask = (rows < N)[:, None] & (columns < K)[None, :]
-    if ADD:  # nobody else adds to this tile, so the sum does not depend on an order; a load would need 64 registers more
-        gl.atomic_add(where, value, mask, sem="relaxed")
-    else:
-        gl.store(where, value, mask)
+        if n + 64 <= N:  # leaves by itself while the next tile is computed
+            tma.store_wait(0)
+            staged.store(acc.to(staged.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out_desc, [group * N + n, k], staged)
+        elif n < N:  # a copy of 64 rows would reach into the next group's result
+            columns = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, ACC))
+            where = out + group.to(gl.int64) * N * K + rows[:, None] * K + columns[None, :]
+            gl.store(where, acc.to(out.dtype.element_ty), (rows < N)[:, None] & (columns < K)[None, :])
+    tma.store_wait(0)
 
 
 @gluon.jit
 def wgrad_kernel(
-    a_desc, b_desc, s_desc, a_scale, out, starts, groups, N, K, STAGES: gl.constexpr, ADD: gl.constexpr,
+    a_desc, b_desc, s_desc, out_desc, a_scale, out, starts, order, groups, N, K, STAGES: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """out # [E, N, K]: a # [N, tokens] times b # [K, tokens] transposed over the tokens of each group, added to out with ADD."""
     BLOCK_K: gl.constexpr = b_desc.block_type.shape[0]
@@ -113,6 +131,7 @@ def wgrad_kernel(
     a2 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_K, 128], b_desc.layout)
     s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_K], s_desc.layout)
+    staged = gl.allocate_shared_memory(out_desc.dtype, [3, 64, BLOCK_K], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -126,10 +145,14 @@ def wgrad_kernel(
     third2: gl.constexpr = 2
     gl.warp_specialize(
         [
-            (_consume, (third0, a0, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K, ADD)),
-            (_consume, (third1, a1, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K, ADD)),
-            (_consume, (third2, a2, b_ring, s_ring, full, empty, a_scale, out, starts, groups, tiles_n, tiles_k, N, K, ADD)),
-            (_produce, (a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, groups, tiles_n, tiles_k)),
+            (_consume, (third0, a0, b_ring, s_ring, full, empty, staged.index(0), out_desc, a_scale, out, starts, order,
+                        groups, tiles_n, tiles_k, N, K, ADD)),
+            (_consume, (third1, a1, b_ring, s_ring, full, empty, staged.index(1), out_desc, a_scale, out, starts, order,
+                        groups, tiles_n, tiles_k, N, K, ADD)),
+            (_consume, (third2, a2, b_ring, s_ring, full, empty, staged.index(2), out_desc, a_scale, out, starts, order,
+                        groups, tiles_n, tiles_k, N, K, ADD)),
+            (_produce, (a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, order, groups,
+                        tiles_n, tiles_k)),
         ],
         [4, 4, 1],
         [160, 160, 24],
@@ -150,8 +173,10 @@ def grouped_outer(
     a_desc = TensorDescriptor.from_tensor(a, [ROWS, 128], SHARED)
     b_desc = TensorDescriptor.from_tensor(b, [BLOCK_K, 128], SHARED)
     s_desc = TensorDescriptor.from_tensor(b_scales, [1, BLOCK_K], FLAT)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * out.element_size(), rank=2)
+    out_desc = TensorDescriptor.from_tensor(out.view(E * N, K), [ROWS, BLOCK_K], layout)
     grid = (min(processors(a.device), E * -(-N // BLOCK_N) * -(-K // BLOCK_K)),)
     wgrad_kernel[grid](
-        a_desc, b_desc, s_desc, a_scales, out, starts, E, N, K, STAGES, into is not None, num_warps=4,
+        a_desc, b_desc, s_desc, out_desc, a_scales, out, starts, largest_first(starts), E, N, K, STAGES, into is not None, num_warps=4,
     )  # fmt: skip
     return out
