@@ -104,16 +104,16 @@ def _cast_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
-    columns = block * 128 + tl.arange(0, 128)
     if COLUMNS:
         first = tl.load(table + tile * 4 + 1)
         end = tl.load(table + tile * 4 + 2)
+        rows = first + shuffled(GROUP)
     else:
-        first = tile * 128
         end = M
-    rows = first + (shuffled(GROUP) if COLUMNS else tl.arange(0, 128))
+        rows = tile * 128 + tl.arange(0, 128)
     keep = rows < end
     source = tl.load(token + rows, keep, other=0) if GATHER else rows
+    columns = block * 128 + tl.arange(0, 128)
     where = x + source.to(tl.int64)[:, None] * K + columns[None, :]
     value = tl.load(where, keep[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
     if ROWS:

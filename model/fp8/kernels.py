@@ -6,7 +6,7 @@ Importing this needs Triton; `check` says in one line what a machine lacks.
 import torch
 from torch import Tensor
 
-from model.fp8 import casts, swiglu
+from model.fp8 import casts, reference, swiglu
 from model.fp8.forms import Columns, Recipe, Rows, Weight
 from model.fp8.gemm import grouped_product
 from model.fp8.swiglu import combine
@@ -17,14 +17,10 @@ __all__ = ["check", "combine", "grouped_dgrad", "grouped_linear", "grouped_wgrad
 __all__ += ["quantize_both", "quantize_gradient", "quantize_rows", "quantize_weight", "swiglu_backward", "swiglu_quantize"]
 
 
-def check(recipe: Recipe, *widths: int) -> None:
-    """Raises ValueError where this machine, the recipe or a layer's width cannot use the kernels."""
+def check() -> None:
+    """Raises ValueError on a machine whose GPU cannot run the kernels."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise ValueError("model.fp8 is 'on': the kernels need a Hopper GPU (compute capability 9); use 'emulate'")
-    if recipe.tile != 128 or recipe.weight_block != (128, 128):
-        raise ValueError("model.fp8 is 'on': the kernels know tiles of 128 and blocks of 128 x 128; use 'emulate'")
-    if odd := [n for n in widths if n % 16]:
-        raise ValueError(f"model.fp8 is 'on': widths {odd} are not multiples of 16; use 'emulate'")
+        raise ValueError("model.fp8 is 'on', but its kernels need a Hopper GPU (compute capability 9.0); set it to emulate")
 
 
 def quantize_rows(x: Tensor, recipe: Recipe) -> Rows:
@@ -70,6 +66,8 @@ def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype, into: Tensor | Non
 
 def swiglu_quantize(gate_up: Tensor, recipe: Recipe, weight: Tensor | None = None) -> tuple[Rows, Rows]:
     """gate_up # [M, 2I], weight # [M] -> weight * silu(gate) * up # [M, I] cast from FP32, and gate_up for the backward."""
+    if gate_up.shape[1] % 256:  # a tile would hold the last gates and the first ups
+        return reference.swiglu_quantize(gate_up, recipe, weight)
     codes, scales, saved, saved_scales = swiglu.swiglu_forward(gate_up.contiguous(), weight, recipe.ue8m0)
     return Rows(codes, scales), Rows(saved, saved_scales)
 
@@ -80,6 +78,10 @@ def swiglu_backward(
     """saved # [M, 2I], grad # [M, I] of the activations -> the activations' columns, both forms of gate_up's gradient and
     weight's gradient # [M].
     """
+    if grad.shape[1] % 128:
+        act, rows, columns, d_weight = reference.swiglu_backward(saved, grad, ends, recipe, weight)
+        act, columns = (Columns(c.codes.contiguous(), *c[1:]) for c in (act, columns))
+        return act, rows, columns, d_weight
     t = tiles(ends, len(grad), grad.device)
     act, rows, columns, d_weight = swiglu.swiglu_backward(*saved, grad.contiguous(), weight, t, recipe.ue8m0)
     return Columns(*act, t.starts), Rows(*rows), Columns(*columns, t.starts), d_weight

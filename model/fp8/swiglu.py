@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.fp8.casts import GROUP, INTERPRET, WARPS, shuffled, write_columns, write_rows
+from model.fp8.casts import GROUP, INTERPRET, REGISTERS, WARPS, shuffled, write_columns, write_rows
 from model.fp8.tiles import Tiles
 
 
@@ -58,7 +58,7 @@ def _load_saved(codes, scales, ss_m, ss_k, rows, keep, columns, block, width):
 @triton.jit
 def _backward_kernel(
     saved_codes, saved_scales, ss_m, ss_k, grad, weight, table, act_codes, act_scales, row_codes, row_scales,
-    column_codes, column_scales, d_weight, M, I, P, WEIGHT: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr,
+    column_codes, column_scales, d_weight, M, I, P, OUTPUT: tl.constexpr, WEIGHT: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
@@ -68,30 +68,25 @@ def _backward_kernel(
     keep = rows < end
     columns = block * 128 + tl.arange(0, 128)
     routed = tl.load(weight + rows, keep, other=0.0)[:, None] if WEIGHT else 1.0
-    # One output after the other, inputs loaded again from the cache: all at once would not fit in the registers.
-    for output in tl.static_range(3):
-        gate = _load_saved(saved_codes, saved_scales, ss_m, ss_k, rows, keep, columns, block, 2 * I)
-        silu = gate * tl.sigmoid(gate)
-        if output < 2:
-            up = _load_saved(saved_codes, saved_scales, ss_m, ss_k, rows, keep, columns + I, block + I // 128, 2 * I)
-        if output == 0:
-            write_columns(
-                silu * up * routed, act_codes, act_scales, tile, columns, I, P, GROUP, UE8M0, INTERPRET
-            )
+    gate = _load_saved(saved_codes, saved_scales, ss_m, ss_k, rows, keep, columns, block, 2 * I)
+    share = tl.sigmoid(gate)
+    if OUTPUT < 2:
+        up = _load_saved(saved_codes, saved_scales, ss_m, ss_k, rows, keep, columns + I, block + I // 128, 2 * I)
+    if OUTPUT == 0:
+        act = gate * share * up * routed
+        write_columns(act, act_codes, act_scales, tile, columns, I, P, GROUP, UE8M0, INTERPRET)
+    else:
+        g = tl.load(grad + rows.to(tl.int64)[:, None] * I + columns[None, :], keep[:, None], other=0.0).to(tl.float32)
+        if OUTPUT == 1:
+            if WEIGHT:
+                tl.store(d_weight + block.to(tl.int64) * M + rows, tl.sum(g * (gate * share * up), 1), keep)
+            g = g * routed * up * share * (1 + gate * (1 - share))
         else:
-            g = tl.load(grad + rows.to(tl.int64)[:, None] * I + columns[None, :], keep[:, None], other=0.0)
-            g = g.to(tl.float32)
-            if output == 1:
-                if WEIGHT:
-                    tl.store(d_weight + block.to(tl.int64) * M + rows, tl.sum(g * silu * up, 1), keep)
-                share = tl.sigmoid(gate)
-                g = g * routed * up * share * (1 + gate * (1 - share))
-            else:
-                g = g * routed * silu
-            side = output - 1  # of gate_up
-            at, to = columns + side * I, block + side * (I // 128)
-            write_rows(g, row_codes, row_scales, rows, at, to, keep, M, 2 * I, UE8M0, INTERPRET)
-            write_columns(g, column_codes, column_scales, tile, at, 2 * I, P, GROUP, UE8M0, INTERPRET)
+            g = g * routed * (gate * share)
+        columns += (OUTPUT - 1) * I  # of gate_up
+        block += (OUTPUT - 1) * (I // 128)
+        write_rows(g, row_codes, row_scales, rows, columns, block, keep, M, 2 * I, UE8M0, INTERPRET)
+        write_columns(g, column_codes, column_scales, tile, columns, 2 * I, P, GROUP, UE8M0, INTERPRET)
 
 
 def swiglu_backward(
@@ -106,10 +101,12 @@ def swiglu_backward(
     rows = torch.empty(M, 2 * I, dtype=torch.float8_e4m3fn, **empty), torch.empty(2 * I // 128, M, **empty)
     columns = torch.empty(2 * I, P, dtype=torch.float8_e4m3fn, **empty), torch.empty(P // 128, 2 * I, **empty)
     d_weight = grad if weight is None else torch.empty(I // 128, M, **empty)
-    if tiles.most:
+    # Activation, gradient of gate, gradient of up: one launch each, for the three at once do not fit in the registers.
+    for output in range(3 if tiles.most else 0):
         _backward_kernel[I // 128, tiles.most](
-            codes, scales, *scales.stride(), grad, grad if weight is None else weight, tiles.table,
-            *act, *rows, *columns, d_weight, M, I, P, weight is not None, GROUP, ue8m0, INTERPRET, num_warps=WARPS,
+            codes, scales, *scales.stride(), grad, grad if weight is None else weight, tiles.table, *act, *rows,
+            *columns, d_weight, M, I, P, output, weight is not None, GROUP, ue8m0, INTERPRET, num_warps=WARPS,
+            maxnreg=REGISTERS,
         )  # fmt: skip
     return act, (rows[0], rows[1].t()), columns, None if weight is None else d_weight.sum(0)
 
