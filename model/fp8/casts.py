@@ -158,9 +158,14 @@ def _weight_kernel(
     mask = (rows < N)[:, None] & (columns < K)[None, :]
     where = expert * N * K + rows[:, None] * K + columns[None, :]
     value = tl.load(w + where, mask, other=0.0).to(tl.float32)
-    scale, inverse = scale_of(tl.max(tl.max(magnitude(value), 1), 0), UE8M0, INTERPRET)
-    code = encode(value, scale, inverse, UE8M0, INTERPRET)
-    tl.store(codes + where, code, mask)
+    each = tl.max(magnitude(value), 0)  # [128]
+    largest = tl.max(each, 0)
+    scale, inverse = scale_of(largest, UE8M0, INTERPRET)
+    tl.store(codes + where, encode(value, scale, inverse, UE8M0, INTERPRET), mask)
+    # The same once more, with equal scales in a vector: Triton 3.6 mixes up bytes of FP32 blocks that are stored both
+    # as they are and transposed.
+    same, reciprocal = scale_of(tl.maximum(each, largest), UE8M0, INTERPRET)
+    code = encode(value, same[None, :], reciprocal[None, :], UE8M0, INTERPRET)
     rows = tile * 128 + tl.arange(0, 128)
     where = expert * N * K + columns[:, None] * N + rows[None, :]
     tl.store(codes_t + where, in_order(tl.trans(code), GROUP), (columns < K)[:, None] & (rows < N)[None, :])
