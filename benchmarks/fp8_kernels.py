@@ -150,7 +150,9 @@ def grouped() -> dict[str, Any]:
                 over_bf16=before["ms"] / times["ms"],
             )  # fmt: skip
         if (known := EQUAL.get(name.split(",")[0])) and not skew:
-            print(f"    DeepGEMM, measured earlier: {known}; ours is {results[name]['forward']['tflops'] / known:.3f} of it")
+            print(
+                f"    DeepGEMM, measured earlier: {known}; ours is {results[name]['forward']['tflops'] / known:.3f} of it"
+            )
         del x, w, g, weight, into, x_rows, x_columns, g_rows, g_columns, peers, ours
     return results
 

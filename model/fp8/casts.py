@@ -89,7 +89,9 @@ def write_rows(x, codes, scales, rows, columns, block, keep, M, K, UE8M0: tl.con
 
 
 @triton.jit
-def write_columns(x, codes, scales, tile, columns, K, P, GROUP: tl.constexpr, UE8M0: tl.constexpr, INTERPRET: tl.constexpr):
+def write_columns(
+    x, codes, scales, tile, columns, K, P, GROUP: tl.constexpr, UE8M0: tl.constexpr, INTERPRET: tl.constexpr
+):
     """x # [128, 128] FP32 -> codes # [K, P] and scales # [P/128, K] of this tile of tokens."""
     scale, inverse = scale_of(tl.max(magnitude(x), 0), UE8M0, INTERPRET)
     code = encode(x, scale[None, :], inverse[None, :], UE8M0, INTERPRET)

@@ -175,7 +175,9 @@ def grouped_product(
     if M == 0:
         return out
     if K % 16 or N % 16:
-        raise ValueError(f"model.fp8 is 'on', but a product of {N} by {K} is no multiple of 16 by 16; set it to emulate")
+        raise ValueError(
+            f"model.fp8 is 'on', but a product of {N} by {K} is no multiple of 16 by 16; set it to emulate"
+        )
     a_desc = TensorDescriptor.from_tensor(codes, [BLOCK_M, BLOCK_K], SHARED)
     b_desc = TensorDescriptor.from_tensor(weight.view(E * N, K), [BLOCK_N, BLOCK_K], SHARED)
     slabs = -(-K // BLOCK_K)

@@ -13,14 +13,18 @@ from model.fp8.swiglu import combine
 from model.fp8.tiles import tiles
 from model.fp8.wgrad import grouped_outer
 
-__all__ = ["check", "combine", "grouped_dgrad", "grouped_linear", "grouped_wgrad", "permute_gradient", "permute_quantize"]
-__all__ += ["quantize_both", "quantize_gradient", "quantize_rows", "quantize_weight", "swiglu_backward", "swiglu_quantize"]
+# what model/fp8/reference.py has
+__all__ = ["check", "combine", "grouped_dgrad", "grouped_linear", "grouped_wgrad", "permute_gradient"]
+__all__ += ["permute_quantize", "quantize_both", "quantize_gradient", "quantize_rows", "quantize_weight"]
+__all__ += ["swiglu_backward", "swiglu_quantize"]
 
 
 def check() -> None:
     """Raises ValueError on a machine whose GPU cannot run the kernels."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise ValueError("model.fp8 is 'on', but its kernels need a Hopper GPU (compute capability 9.0); set it to emulate")
+        raise ValueError(
+            "model.fp8 is 'on', but its kernels need a Hopper GPU (compute capability 9.0); set it to emulate"
+        )
 
 
 def quantize_rows(x: Tensor, recipe: Recipe) -> Rows:

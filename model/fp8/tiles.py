@@ -32,7 +32,7 @@ def _tiles_kernel(ends, table, starts, count, E, most, GROUPS: tl.constexpr, BLO
     last = tl.cumsum(held, 0)
     total = tl.sum(held, 0)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    before = (last[None, :] <= tile[:, None]) & (groups < E)[None, :]  # [BLOCK, GROUPS]: groups that end before the tile
+    before = (last[None, :] <= tile[:, None]) & (groups < E)[None, :]  # [BLOCK, GROUPS]: end before it
     mine = (last - held <= tile[:, None]) & (tile[:, None] < last[None, :])  # at most one is True
     group = tl.sum(before.to(tl.int32), 1)
     row = tl.sum(tl.where(mine, begin[None, :] + (tile[:, None] - (last - held)[None, :]) * 128, 0), 1)

@@ -47,7 +47,13 @@ def _place(wave, starts, order, tiles_n, tiles_k):
     tile = wave * gl.num_programs(0) + _position(wave)
     group = gl.load(order + tile // (tiles_n * tiles_k))
     inside = tile % (tiles_n * tiles_k)
-    return group, inside % tiles_n, inside // tiles_n, gl.load(starts + group) // 128, gl.load(starts + group + 1) // 128
+    return (
+        group,
+        inside % tiles_n,
+        inside // tiles_n,
+        gl.load(starts + group) // 128,
+        gl.load(starts + group + 1) // 128,
+    )
 
 
 @gluon.jit
