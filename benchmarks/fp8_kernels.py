@@ -2,8 +2,12 @@
 
 Run `pytest tests/model/test_fp8_kernels.py` on the same machine first: it compares every kernel with the reference.
 Random normal data, skewed groups, medians of triton.testing.do_bench; both sides of a ratio are measured in one run.
-Prints a line a measurement and writes results/fp8_kernels.json. Usage: python -m benchmarks.fp8_kernels [casts grouped block]
+Prints a line a measurement and writes results/fp8_kernels.json.
+Usage: python -m benchmarks.fp8_kernels [casts grouped block]
 """
+
+# What is timed is called before its loop variables change or are deleted.
+# ruff: noqa: B023, F821
 
 from __future__ import annotations
 
@@ -150,15 +154,13 @@ def grouped() -> dict[str, Any]:
                 over_bf16=before["ms"] / times["ms"],
             )  # fmt: skip
         if (known := EQUAL.get(name.split(",")[0])) and not skew:
-            print(
-                f"    DeepGEMM, measured earlier: {known}; ours is {results[name]['forward']['tflops'] / known:.3f} of it"
-            )
+            print(f"    DeepGEMM, earlier: {known}; ours is {results[name]['forward']['tflops'] / known:.3f} of it")
         del x, w, g, weight, into, x_rows, x_columns, g_rows, g_columns, peers, ours
     return results
 
 
 def block() -> dict[str, Any]:
-    """One layer's experts, forward and backward, by the modules that models train with; weights' codes are made before."""
+    """One layer's experts, forward and backward, by the modules that models train with; codes of weights are ready."""
     results: dict[str, Any] = {}
     for name, (hidden, inner, experts, top, tokens) in BLOCKS.items():
         config = DeepseekV3Config(

@@ -1,7 +1,7 @@
 """Casts to E4M3 with a scale a tile, in one pass over their input (Triton); bytes and scales are the reference's.
 
 One kernel writes the row-wise form, the column-wise form or both from a block of 128 tokens x 128 channels, of the rows
-as they stand or gathered by token. Scales of rows are M-major and those of columns K-major: contiguous for the products.
+as they stand or gathered by token. Scales of rows are M-major and those of columns K-major, as products read them.
 """
 
 import torch
@@ -19,9 +19,9 @@ INTERPRET = triton.knobs.runtime.interpret
 
 @triton.jit
 def scale_of(bits, UE8M0: tl.constexpr, INTERPRET: tl.constexpr):
-    """Bits of max|x| of a tile -> its scale and 1 / scale. As integers, so that a NaN is the largest of all and not lost.
+    """Bits of max|x| of a tile -> its scale and 1 / scale. As integers, so that a NaN is the largest and not lost.
 
-    Both are divisions rounded as IEEE does, in few operations (`encode` says how): every thread does them for its tiles.
+    Both are divisions rounded as IEEE does, in few operations (`encode` says how): each thread does its tiles'.
     """
     largest = tl.maximum(bits, 0x0D800000).to(tl.float32, bitcast=True)  # 2^-100
     if INTERPRET:
@@ -66,7 +66,7 @@ def encode(x, scale, inverse, UE8M0: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def shuffled(GROUP: tl.constexpr):
-    """0 .. 127 in the order in which a tile's tokens are loaded: the tokens that a thread gets, 128 / GROUP apart in the
+    """0 .. 127 in the order in which a tile's tokens are loaded: those that a thread gets, 128 / GROUP apart in the
     tile, are neighbours in memory. Transposed, they are written together and not byte by byte.
     """
     i = tl.arange(0, 128)
@@ -103,7 +103,8 @@ def write_columns(
 @triton.jit
 def _cast_kernel(
     x, token, table, row_codes, row_scales, column_codes, column_scales, M, K, P,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr, INTERPRET: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHER: tl.constexpr, GROUP: tl.constexpr,
+    UE8M0: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
     if COLUMNS:
@@ -175,7 +176,7 @@ def _weight_kernel(
 
 
 def cast_weight(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """w # [E, N, K] -> codes # [E, N, K], scales # [E, ceil(N/128), ceil(K/128)], the same codes transposed # [E, K, N]."""
+    """w # [E, N, K] -> codes # [E, N, K], scales # [E, ceil(N/128), ceil(K/128)], those transposed # [E, K, N]."""
     E, N, K = w.shape
     codes = torch.empty(E, N, K, dtype=torch.float8_e4m3fn, device=w.device)
     codes_t = torch.empty(E, K, N, dtype=torch.float8_e4m3fn, device=w.device)

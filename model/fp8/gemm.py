@@ -1,7 +1,7 @@
 """Grouped block-scaled FP8 products for Hopper (Gluon): ragged groups, not padded, tiles found on the device.
 
 A producer warp feeds a ring of shared memory by TMA; two consumer warpgroups, 64 rows of a 128 x 256 tile each, promote
-every slab of 128 along K to FP32 registers while the other one keeps the tensor core busy. A row of B takes two wgmma of
+every slab of 128 along K to FP32 registers while the other one keeps the tensor core busy. A slab takes two wgmma of
 128 columns, so that 128 promoted and 64 running sums fit in a thread's registers.
 """
 
@@ -59,8 +59,8 @@ def _produce(a_desc, b_desc, a_ring, b_ring, full, empty, tiles, count, N, slabs
 
 @gluon.jit
 def _consume(
-    half: gl.constexpr, a_ring, b_ring, full, empty, left_staged, right_staged, out_desc, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
-    as_m, as_k, bs_e, bs_n, bs_k, STAGED: gl.constexpr, SUPER: gl.constexpr,
+    half: gl.constexpr, a_ring, b_ring, full, empty, left_staged, right_staged, out_desc, a_scale, b_scale, out,
+    tiles, count, N, slabs, tiles_n, as_m, as_k, bs_e, bs_n, bs_k, STAGED: gl.constexpr, SUPER: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = a_ring.shape[0]
     BLOCK_N: gl.constexpr = b_ring.shape[1]
@@ -150,12 +150,12 @@ def grouped_kernel(
     half1: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_consume, (half0, a_ring, b_ring, full, empty, staged.index(0 if STAGED else 0),
-                        staged.index(1 if STAGED else 0), out_desc, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
-                        as_m, as_k, bs_e, bs_n, bs_k, STAGED, SUPER)),
+            (_consume, (half0, a_ring, b_ring, full, empty, staged.index(0),
+                        staged.index(1 if STAGED else 0), out_desc, a_scale, b_scale, out, tiles, count, N, slabs,
+                        tiles_n, as_m, as_k, bs_e, bs_n, bs_k, STAGED, SUPER)),
             (_consume, (half1, a_ring, b_ring, full, empty, staged.index(2 if STAGED else 0),
-                        staged.index(3 if STAGED else 0), out_desc, a_scale, b_scale, out, tiles, count, N, slabs, tiles_n,
-                        as_m, as_k, bs_e, bs_n, bs_k, STAGED, SUPER)),
+                        staged.index(3 if STAGED else 0), out_desc, a_scale, b_scale, out, tiles, count, N, slabs,
+                        tiles_n, as_m, as_k, bs_e, bs_n, bs_k, STAGED, SUPER)),
             (_produce, (a_desc, b_desc, a_ring, b_ring, full, empty, tiles, count, N, slabs, tiles_n, SUPER)),
         ],
         [4, 1],

@@ -69,7 +69,7 @@ def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype, into: Tensor | Non
 
 
 def swiglu_quantize(gate_up: Tensor, recipe: Recipe, weight: Tensor | None = None) -> tuple[Rows, Rows]:
-    """gate_up # [M, 2I], weight # [M] -> weight * silu(gate) * up # [M, I] cast from FP32, and gate_up for the backward."""
+    """gate_up # [M, 2I], weight # [M] -> weight * silu(gate) * up # [M, I] cast from FP32, and gate_up as kept."""
     if gate_up.shape[1] % 256:  # a tile would hold the last gates and the first ups
         return reference.swiglu_quantize(gate_up, recipe, weight)
     codes, scales, saved, saved_scales = swiglu.swiglu_forward(gate_up.contiguous(), weight, recipe.ue8m0)
@@ -79,7 +79,7 @@ def swiglu_quantize(gate_up: Tensor, recipe: Recipe, weight: Tensor | None = Non
 def swiglu_backward(
     saved: Rows, grad: Tensor, ends: Tensor | None, recipe: Recipe, weight: Tensor | None = None
 ) -> tuple[Columns, Rows, Columns, Tensor | None]:
-    """saved # [M, 2I], grad # [M, I] of the activations -> the activations' columns, both forms of gate_up's gradient and
+    """saved # [M, 2I], grad # [M, I] of the activations -> their columns, both forms of gate_up's gradient and
     weight's gradient # [M].
     """
     if grad.shape[1] % 128:

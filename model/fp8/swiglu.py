@@ -58,8 +58,8 @@ def _load_saved(codes, scales, ss_m, ss_k, rows, keep, columns, block, width):
 @triton.jit
 def _backward_kernel(
     saved_codes, saved_scales, ss_m, ss_k, grad, weight, table, act_codes, act_scales, row_codes, row_scales,
-    column_codes, column_scales, d_weight, M, I, P, OUTPUT: tl.constexpr, WEIGHT: tl.constexpr, GROUP: tl.constexpr, UE8M0: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    column_codes, column_scales, d_weight, M, I, P, OUTPUT: tl.constexpr, WEIGHT: tl.constexpr, GROUP: tl.constexpr,
+    UE8M0: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
     first = tl.load(table + tile * 4 + 1)

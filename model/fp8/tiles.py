@@ -14,9 +14,9 @@ TILE = 128
 
 
 class Tiles(NamedTuple):
-    """Tile t covers rows table[t, 1] : min(table[t, 1] + 128, table[t, 2]) of group table[t, 0]; columns 128 t of padded forms."""
+    """Tile t covers rows table[t, 1] : min(table[t, 1] + 128, table[t, 2]) of group table[t, 0]."""
 
-    table: Tensor  # [most, 4] int32: group, first row, end of the group's rows, unused; rows and end are equal behind the last tile
+    table: Tensor  # [most, 4] int32: group, first row, end of the group's rows, unused; no rows behind the last tile
     starts: Tensor  # [E + 1] int32: padded start of each group, multiples of 128
     count: Tensor  # [1] int32: tiles in use
     most: int  # (M + 127 E) // 128, known without the device

@@ -43,7 +43,7 @@ def _position(wave):
 
 @gluon.jit
 def _place(wave, starts, order, tiles_n, tiles_k):
-    """The tile of this wave: its group, its number along N and K, the first and the last slab of 128 tokens of the group."""
+    """The tile of this wave: its group, its number along N and K, its first slab and the one behind its last."""
     tile = wave * gl.num_programs(0) + _position(wave)
     group = gl.load(order + tile // (tiles_n * tiles_k))
     inside = tile % (tiles_n * tiles_k)
@@ -80,8 +80,8 @@ def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, st
 
 @gluon.jit
 def _consume(
-    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, staged, out_desc, a_scale, out, starts, order, groups, tiles_n, tiles_k, N, K,
-    ADD: gl.constexpr,
+    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, staged, out_desc, a_scale, out, starts, order, groups,
+    tiles_n, tiles_k, N, K, ADD: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = b_ring.shape[0]
     BLOCK_K: gl.constexpr = b_ring.shape[1]
@@ -128,9 +128,10 @@ def _consume(
 
 @gluon.jit
 def wgrad_kernel(
-    a_desc, b_desc, s_desc, out_desc, a_scale, out, starts, order, groups, N, K, STAGES: gl.constexpr, ADD: gl.constexpr,
+    a_desc, b_desc, s_desc, out_desc, a_scale, out, starts, order, groups, N, K, STAGES: gl.constexpr,
+    ADD: gl.constexpr,
 ):  # fmt: skip
-    """out # [E, N, K]: a # [N, tokens] times b # [K, tokens] transposed over the tokens of each group, added to out with ADD."""
+    """out # [E, N, K]: a # [N, tokens] times b # [K, tokens] transposed over each group, added with ADD."""
     BLOCK_K: gl.constexpr = b_desc.block_type.shape[0]
     a0 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
     a1 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
@@ -168,7 +169,7 @@ def wgrad_kernel(
 def grouped_outer(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, starts: Tensor, dtype: torch.dtype, into: Tensor | None
 ) -> Tensor:
-    """a # [N, P], its scales # [P/128, N], b # [K, P], its scales # [P/128, K], starts # [E + 1] -> # [E, N, K] in dtype.
+    """a # [N, P], its scales # [P/128, N], b # [K, P] and its own, starts # [E + 1] -> # [E, N, K] in dtype.
 
     For each group a b^T over its own columns; zeros for a group without any. into # [E, N, K] float32 is added to.
     """
@@ -183,6 +184,7 @@ def grouped_outer(
     out_desc = TensorDescriptor.from_tensor(out.view(E * N, K), [ROWS, BLOCK_K], layout)
     grid = (min(processors(a.device), E * -(-N // BLOCK_N) * -(-K // BLOCK_K)),)
     wgrad_kernel[grid](
-        a_desc, b_desc, s_desc, out_desc, a_scales, out, starts, largest_first(starts), E, N, K, STAGES, into is not None, num_warps=4,
+        a_desc, b_desc, s_desc, out_desc, a_scales, out, starts, largest_first(starts), E, N, K, STAGES,
+        into is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -140,7 +140,7 @@ def assert_bound(ours: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -
     assert ((ours.double() - exact).abs() <= bound).all(), ((ours.double() - exact).abs() / bound).max()
 
 
-# Hopper's tensor cores keep about 14 bits of a sum of FP8 products. In units of |a| |b|; torch's own FP8 product has the
+# Hopper's tensor cores keep about 14 bits of a sum of FP8 products. In units of |a| |b|; torch's own product has the
 # same error, 1.8e-4 at K = 128 and 2e-5 at 2048.
 KEPT = 3e-4
 
