@@ -4,6 +4,7 @@ Importing this needs Triton; `check` says in one line what a machine lacks.
 """
 
 import torch
+import triton
 from torch import Tensor
 
 from model.fp8 import casts, reference, swiglu
@@ -25,6 +26,8 @@ def check() -> None:
         raise ValueError(
             "model.fp8 is 'on', but its kernels need a Hopper GPU (compute capability 9.0); set it to emulate"
         )
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
+        raise ValueError(f"model.fp8 is 'on', but Triton {triton.__version__} is too old for its kernels; install 3.6")
 
 
 def quantize_rows(x: Tensor, recipe: Recipe) -> Rows:
