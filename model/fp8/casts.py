@@ -4,6 +4,8 @@ One kernel writes the row-wise form, the column-wise form or both from a block o
 as they stand or gathered by token. Scales of rows are M-major and those of columns K-major, as products read them.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -127,10 +129,10 @@ def _cast_kernel(
 
 def cast(
     x: Tensor, tiles: Tiles | None, ue8m0: bool, rows: bool = True, token: Tensor | None = None
-) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Any, Any]:
     """x # [M, K] (or [T, K] gathered by token # [M]) -> (codes, scales) of rows, (codes, scales, starts) of columns.
 
-    tiles None leaves the columns out, rows False the rows.
+    tiles None leaves the columns out, rows False the rows: None is in their place.
     """
     M, K = len(x) if token is None else len(token), x.shape[1]
     blocks, P = triton.cdiv(K, 128), 0 if tiles is None else tiles.most * 128
