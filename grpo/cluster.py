@@ -118,9 +118,13 @@ class Cluster:
         except ConnectionError:  # an engine died while weights were broadcast; by now there is one in its place
             taken = self._push(version, None)
         assert all(answer["policy_version"] == version for answer in taken), f"{taken=} {version=}"
+        start = time.perf_counter()
+        for answer in taken:
+            if answer["rerouted"] is not None:
+                self.backend.call("learner", "check_rerouted", answer["rerouted"]).result()
         self.synced = version
         metrics = {
-            "time/weight_check": max(answer["check_seconds"] for answer in taken),
+            "time/weight_check": max(answer["check_seconds"] for answer in taken) + time.perf_counter() - start,
             "sync/bytes": float(taken[0]["bytes"]),
         }
         if "drafted" in taken[0]:
@@ -224,8 +228,10 @@ class Remote:
             whole = learner.remote("learner", "weights", None, [role])
             loaded = self.hosts[role].call.remote(role, "load_weights", whole, self.version)
             learner.remote("learner", "send_weights", whole)
-            self._get(loaded, role)
+            answer = self._get(loaded, role)
             learner.remote("learner", "release_weights", whole)
+            if answer["rerouted"] is not None:
+                self._get(learner.remote("learner", "check_rerouted", answer["rerouted"]), role)
 
     def _get(self, refs: Any, who: str) -> Any:
         try:

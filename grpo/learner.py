@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,7 @@ from model.fp8.modules import Mode as Fp8Mode
 from model.fp8.modules import to_fp8, unquantized
 from model.lora import FOLDER, LoraAdapter, MergedModel
 from model.modeling import DeepseekV3PreTrainedModel
+from rollout import Rerouted, WeightFault
 
 
 class Learner:
@@ -243,9 +245,20 @@ class Learner:
         """Every engine has loaded: what was kept for them goes."""
         self.transport.release(posted)
 
+    def check_rerouted(self, found: Rerouted) -> None:
+        """An engine's canaries against this policy with the engine's routes. Raises WeightFault past their cap."""
+        want = self.canary(found.routed_experts).logprobs
+        error = float(np.mean([abs(a - b) for x, y in zip(found.logprobs, want, strict=True) for a, b in zip(x, y)]))
+        if not error <= found.cap:
+            raise WeightFault(
+                f"canary prompts under version {self.policy_version}: with the engine's own choice of experts its "
+                f"log-probabilities differ from the learner's by {error:.2g} on average ({found.cap:g} is allowed)"
+            )
+
     @torch.no_grad()
-    def canary(self) -> Canary:
-        """Four prompts of random tokens, always the same, and this policy's log-probabilities of them.
+    def canary(self, routed_experts: Sequence[np.ndarray] | None = None) -> Canary:
+        """Four prompts of random tokens, always the same, and this policy's log-probabilities of them, with these
+        experts # [tokens, MoE layers, K] of each prompt where they are given.
 
         Without FP8: they prove the weights that travel, which are not quantised.
         """
@@ -253,7 +266,11 @@ class Learner:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(config.vocab_size, (4, min(24, config.max_position_embeddings - 1)), generator=generator)
         prompts = [tuple(row) for row in drawn.tolist()]
-        samples = [[TrainingSample(prompt[:1], prompt[1:], 1.0)] for prompt in prompts]
+        routes = routed_experts or [None] * len(prompts)
+        samples = [
+            [TrainingSample(prompt[:1], prompt[1:], 1.0, routed_experts=None if r is None else r[: len(prompt) - 1])]
+            for prompt, r in zip(prompts, routes)
+        ]
         (batch,) = pack(samples, 1 << 30)
         batch = batch.to(self.policy.device)
         with unquantized(self.policy.model):

@@ -98,9 +98,10 @@ class RolloutRole:
             release_cache()
             self.engine.wake_up(tags)
 
-    def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, float]:
+    def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, Any]:
         """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"},
-        and "drafted" and "accepted" tokens since the last time where the engine speculates.
+        "rerouted" canaries that the learner has to judge (or None), and "drafted" and "accepted" tokens since the last
+        time where the engine speculates.
 
         Raises ValueError if the buckets are not that version, WeightFault if the engine does not compute with them,
         ConnectionError if they stopped coming.
@@ -110,15 +111,16 @@ class RolloutRole:
         self.engine.load_weights(weights, version, buckets[0].base)
         self._wake("kv_cache")
         self.asleep = False
-        start, canary = time.perf_counter(), buckets[0].canary
+        start, canary, rerouted = time.perf_counter(), buckets[0].canary, None
         if isinstance(self.engine, Checked) and self.check != "off":
             if self.check == "full":
                 self.engine.check_weights(weights)
             if canary is not None:
-                self.engine.check_canary(canary.prompts, canary.logprobs)
+                rerouted = self.engine.check_canary(canary.prompts, canary.logprobs)
         return {
             "policy_version": self.engine.policy_version,
             "check_seconds": time.perf_counter() - start,
+            "rerouted": rerouted,
             "bytes": sum(bucket.nbytes for bucket in buckets),
             **(self.engine.speculated() if isinstance(self.engine, Speculating) else {}),
         }

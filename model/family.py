@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from model.auto import auto_config, empty_auto, load_auto, load_auto_weights, published, save_auto
@@ -63,6 +64,19 @@ def empty_model(config: AnyConfig) -> AnyModel:
 def published_state(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every (published name, tensor) of a model, or of a MergedModel (model.lora) around one."""
     return hf_state(model) if isinstance(model.config, DeepseekV3Config) else published(model)
+
+
+def published_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint, from the headers of its files; without files, from config.json."""
+    shapes = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if shapes:
+        return shapes
+    with torch.device("meta"):
+        model = empty_model(read_config(directory))
+    return {name: tuple(tensor.shape) for name, tensor in published_state(model)}
 
 
 def save_weights(model: Any, directory: str | Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from model import DeepseekV3ForCausalLM
 from model.family import load_model
 from model.fp8.modules import to_fp8
-from rollout.records import Completion, SamplingParams
+from rollout.records import Completion, Rerouted, SamplingParams
 
 
 class Engine(Protocol):
@@ -62,8 +62,9 @@ class Checked(Protocol):
         """Every tensor of the last load, as it lies in the engine."""
         ...
 
-    def check_canary(self, prompts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
-        """The engine's log-probabilities of the prompts' tokens but the first, against the learner's."""
+    def check_canary(self, prompts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> Rerouted | None:
+        """The engine's log-probabilities of the prompts' tokens but the first, against the learner's. What only the
+        learner can judge comes back."""
         ...
 
 

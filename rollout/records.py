@@ -13,6 +13,16 @@ class WeightFault(RuntimeError):
     """An engine does not compute with the weights that it was given; the message names the first wrong tensor."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rerouted:
+    """An engine's canary prompts where its routers chose other experts than the learner's, as near ties do in low
+    precision: to be judged by the learner with these routes."""
+
+    logprobs: tuple[tuple[float, ...], ...]  # of each prompt's tokens but the first, at temperature 1
+    routed_experts: tuple[np.ndarray, ...]  # [tokens, MoE layers, K] of each prompt
+    cap: float  # mean difference that its precision allows
+
+
 def check_base(held: int, version: int, base: int | None) -> None:
     """ValueError where the changes from version `base` to `version` do not fit an engine that holds version `held`."""
     if base is not None and held not in (base, version):  # changes hold the new values: applied twice, they stay true

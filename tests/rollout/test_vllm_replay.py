@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.config import Config, GRPOConfig, RolloutConfig
+from grpo.config import Config, GRPOConfig, ModelConfig, RolloutConfig
 from grpo.learner import Learner
 from grpo.records import Group, PackedBatch, Prompt, Sample
 from grpo.roles import RolloutRole
 from grpo.steps import pack_step, sampling_params, with_advantages
-from model import SequenceLayout
-from model.moe import TopkRouter
+from model import DeepseekV3ForCausalLM, SequenceLayout
+from model.moe import Experts, TopkRouter
 from rewards import Score
+from rollout import WeightFault
 
 pytestmark = [
     pytest.mark.vllm,
@@ -115,3 +116,48 @@ def test_the_loss_uses_planted_routes(directory: Path, batch: PackedBatch, monke
     planted[::10, -1] = (true[::10, -1] + 3) % 8
     metrics = Learner(directory, CONFIG.grpo).step([[dataclasses.replace(batch, routed_experts=planted)]]).metrics
     assert metrics["sampling/routes_differ"] == pytest.approx(len(planted[::10]) / len(planted))
+
+
+@pytest.fixture(scope="module")
+def undecided(vllm_tiny: Any) -> Path:
+    """A model whose routers cannot tell two twins of experts apart: in BF16 one is taken here and the other there."""
+    directory = vllm_tiny(num_hidden_layers=8)
+    model = DeepseekV3ForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, TopkRouter):
+                module.weight[1::2] = module.weight[::2] * (1 + 2**-9)
+                module.e_score_correction_bias.zero_()
+            if isinstance(module, Experts):
+                module.down_proj.mul_(3.0)
+                module.down_proj[1::2] = -module.down_proj[::2]  # and it matters which
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_canaries_in_bf16_are_judged_with_the_routes_that_vllm_took(undecided: Path) -> None:
+    config = CONFIG.model_copy(update={"model": ModelConfig(dtype="bfloat16")})
+    role = RolloutRole(config, str(undecided))
+    learner = Learner(undecided, GRPOConfig(), dtype="bfloat16", canaries=True)
+    found = role.load_weights(learner.weights(), 0)["rerouted"]
+    assert found is not None and found.cap == 5e-2
+    own = learner.canary()
+    assert np.abs(np.subtract(found.logprobs, own.logprobs)).mean() > 5e-2  # with its own routes the learner differs
+    learner.check_rerouted(found)
+
+    with torch.no_grad():  # an engine with other weights, and routes of its own: not what the learner computes
+        learner.policy.model.lm_head.weight.mul_(1.2)
+    with pytest.raises(WeightFault, match=r"with the engine's own choice of experts .* \(0\.05 is allowed\)"):
+        learner.check_rerouted(found)
+
+
+def test_without_routes_canaries_in_bf16_have_to_agree(undecided: Path) -> None:
+    config = CONFIG.model_copy(
+        update={
+            "model": ModelConfig(dtype="bfloat16"),
+            "rollout": CONFIG.rollout.model_copy(update={"replay_routing": False}),
+        }
+    )
+    learner = Learner(undecided, GRPOConfig(), dtype="bfloat16", canaries=True)
+    with pytest.raises(WeightFault, match=r"on average 0\.05 is allowed.*rollout\.replay_routing would tell"):
+        RolloutRole(config, str(undecided)).load_weights(learner.weights(), 0)
