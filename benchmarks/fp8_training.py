@@ -8,8 +8,7 @@ again with micro-batches half as large, which differs in rounding alone; and FP8
 tiles on the gradients of activations that dgrad reads, which the V3 report (appendix B.2) found to diverge at scale.
 
 --second: how much a token depends on the one before the last. At 0.3 attention is learnt gradually. At 1 the loss falls
-suddenly once it is, and single runs are compared at the moment they reached: FP8 was 0.9 and 1.1 % above BF16 in two of
-them, the control 0.1 % in one. Whether FP8 is later there, or those runs were, several seeds would have to tell.
+suddenly once it is, and runs are compared at the moment they have reached by then (fp8_training_sudden.json).
 """
 
 from __future__ import annotations
@@ -140,7 +139,8 @@ def main() -> None:
         arm: [round(float(np.mean(losses[arm, seed][-LAST:])), 5) for seed in seeds] for arm in ARMS
     }
     results["curves_of_seed_0"] = {arm: [round(x, 4) for x in losses[arm, seeds[0]][::10]] for arm in ARMS}
-    print(write_result("fp8_training", __doc__ or "", before, results))
+    name = "fp8_training" if args.second < 1 else "fp8_training_sudden"
+    print(write_result(name, __doc__ or "", before, results))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ class Cluster:
         try:
             taken = self._push(version, self.synced)
         except ConnectionError:  # an engine died while weights were broadcast; by now there is one in its place
-            taken = self._push(version, None)
+            try:
+                taken = self._push(version, None)
+            except ConnectionError as err:
+                raise RunFailure(f"weights of version {version} did not reach the engines, twice: {err}") from err
         assert all(answer["policy_version"] == version for answer in taken), f"{taken=} {version=}"
         start = time.perf_counter()
         for answer in taken:
@@ -239,6 +242,8 @@ class Remote:
         except self.ray.exceptions.RayTaskError as err:
             if isinstance(_cause(err), self.ray.exceptions.RayActorError):  # the weights came from a dead learner
                 raise RunFailure("the learner process died") from err
+            if isinstance(_cause(err), ConnectionError):
+                raise RunFailure(f"the weights did not reach {who}: {_cause(err)}") from err
             raise _cause(err) from err
         except self.ray.exceptions.RayActorError as err:
             raise RunFailure(f"{who} died while it started: {' '.join(str(err).split())[:300]}") from err
@@ -359,7 +364,8 @@ def submit_job(config: Config, address: str) -> int:
     except (ConnectionError, RuntimeError) as err:
         raise ValueError(f"--address {address}: no Ray cluster answers; start one with `ray start --head`") from err
     sections = config.model_dump(mode="json")
-    for section, key in (("run", "output_dir"), ("model", "path"), ("data", "path"), ("data", "eval_path")):
+    for name in ("run.output_dir", "model.path", "data.path", "data.eval_path", "rollout.weight_dir"):
+        section, key = name.split(".")
         if sections[section][key]:
             sections[section][key] = str(Path(sections[section][key]).resolve())
     if isinstance(sections["model"]["init"], str):

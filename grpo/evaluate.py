@@ -20,6 +20,8 @@ from rewards import Score
 from rollout import SamplingParams
 from rollout.draws import seed_of
 
+HERE = ("--run.cluster=inline", "--rollout.weight_transport=auto")  # whatever the run was trained with
+
 
 def accuracy(config: Config, cluster: Cluster, prompts: Sequence[Prompt], tokenizer: Any) -> float:
     """Share of prompts whose greedy answer is right."""
@@ -76,7 +78,7 @@ def evaluate_policy(source: str, overrides: Sequence[str], n: int, ks: Sequence[
         model_dir = found[0]
         overrides = [*overrides, f"--run.output_dir={source}"]
         source = str(run_dir / "config.yaml")
-    config = load_config(source, ["--run.cluster=inline", *overrides])
+    config = load_config(source, [*HERE, *overrides])
     prepared = prepare(config)
     if not prepared.held_out:
         raise ConfigError("there are no held-out prompts; set data.eval_path, or data.holdout above 0")

@@ -244,6 +244,8 @@ class Learner:
     def release_weights(self, posted: Sequence[Bucket]) -> None:
         """Every engine has loaded: what was kept for them goes."""
         self.transport.release(posted)
+        if self.policy.device.type == "cuda":
+            release_cache()
 
     def check_rerouted(self, found: Rerouted) -> None:
         """An engine's canaries against this policy with the engine's routes. Raises WeightFault past their cap."""
@@ -320,9 +322,12 @@ class Learner:
                 master.data.copy_(tensors.pop(f"{name}|master"))
             values = {k.split("|")[1]: v for k, v in tensors.items() if k.split("|")[0] == name}
             if values:
-                on_host = {"step"} if isinstance(self.optimizer, LowMemoryAdamW) else set()  # torch's counts on the GPU
+                step = values.pop("step")
+                on_host = isinstance(self.optimizer, LowMemoryAdamW)  # torch's counts on the GPU
+                moments = getattr(torch, self.config.adam_moment_dtype)  # which may be another than what was saved
                 self.optimizer.state[master] = {
-                    key: value if key in on_host else value.to(master.device) for key, value in values.items()
+                    "step": step if on_host else step.to(master.device),
+                    **{key: value.to(master.device, moments) for key, value in values.items()},
                 }
         numbers = json.loads((state / "learner.json").read_text())
         self.updates, self.policy_version = numbers["updates"], numbers["policy_version"]

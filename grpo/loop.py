@@ -4,9 +4,9 @@
                            ^                                                                               |
                            +----------------------------- weights, a whole version ------------------------+
 
-On-policy and synchronous: rollout waits for the weights of the step before, rewards for all completions, the learner
-for all scores. The roles (learner, rollout, rewards) are reached through grpo.cluster, in this process or as Ray
-actors; the loop cannot tell which.
+Synchronous: rollout waits for the weights of the step before, rewards for all completions of a step, the learner for
+all scores (grpo/partial.py: what a step need not wait for). The roles (learner, rollout, rewards) are reached through
+grpo.cluster, in this process or as Ray actors; the loop cannot tell which.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         shrink, size = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**step)
         flat = [t.view(-1) for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, grad, first, second in zip(*(t.split(CHUNK) for t in flat)):  # each [up to CHUNK]
-            m = first.float().lerp_(grad, 1 - beta1)
-            v = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            m = first.to(torch.float32, copy=True).lerp_(grad, 1 - beta1)
+            v = second.to(torch.float32, copy=True).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             first.copy_(m)
             second.copy_(v)
             denominator = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])

@@ -6,7 +6,7 @@ Where no machine has a GPU every role asks for none, and nothing here changes a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -70,7 +70,26 @@ def assign_gpus(config: Config, roles: Iterable[str], nodes: Sequence[float]) ->
             "engine_options.tensor_parallel_size, or share them: run.placement colocated, or run.learner_gpus and "
             "rollout.gpus_per_worker below 1"
         )
+    _check_transport(config, wanted, together)
     return dict.fromkeys(roles, largest) if together else wanted
+
+
+def _check_transport(config: Config, wanted: Mapping[str, float], together: bool) -> None:
+    """ConfigError for a way of the weights that this placement rules out, which would show at the first push only."""
+    learner, engine = wanted.get("learner", 0.0), gpus_wanted("rollout-0", config)
+    if together or not learner or not engine:
+        return
+    kind = config.rollout.weight_transport
+    if kind == "ipc" and learner + engine > 1:
+        raise ConfigError(
+            f"rollout.weight_transport ipc is for a learner and engines on one GPU, but they ask for {learner:g} and "
+            f"{engine:g}; set run.learner_gpus and rollout.gpus_per_worker to shares of one, or take broadcast"
+        )
+    if kind == "broadcast" and learner + engine <= 1:
+        raise ConfigError(
+            f"rollout.weight_transport broadcast goes by NCCL from GPU to GPU, but learner ({learner:g}) and engine "
+            f"({engine:g}) share one; take ipc"
+        )
 
 
 def check_learner_fits(config: Config, model: AnyConfig) -> None:

@@ -34,7 +34,7 @@ class RolloutRole:
             enable_return_routed_experts=rollout.replay_routing or config.grpo.router_policy == "rollout",
             **_engine_options(config),
         )
-        self.check, self.asleep = rollout.weight_check, False
+        self.check, self.asleep, self.drops_weights = rollout.weight_check, False, rollout.sleep_level == 2
         self.transport = build_transport(config, name, weight_dir)
         self.begun: dict[tuple[int, int], int] = {}  # (batch, index) -> number of the engine's request
 
@@ -64,6 +64,8 @@ class RolloutRole:
 
     def why_merged(self) -> str:
         """Why the engine has to get an adapter merged into the weights; empty: it takes the adapter as it is."""
+        if self.drops_weights:
+            return "rollout.sleep_level 2 drops the weights that it would be added to"
         return self.engine.why_merged if isinstance(self.engine, Adapted) else "only vLLM adds them"
 
     def collect(self, held: Held, begun: dict[int, Sequence[Completion]], enough: int) -> dict[int, list[Completion]]:

@@ -84,7 +84,8 @@ class ModelConfig(Section):
     """Architectures that the model may have. deepseek_v3: ours; auto: any causal language model of transformers, Qwen
     and Llama for instance (one of the DeepSeek-V3 family is ours still)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of computation. Master weights, gradients accumulated over micro-batches and the optimiser are always float32."""
+    """Of computation. Master weights and gradients accumulated over micro-batches are always float32; for AdamW's
+    moments see adam_moment_dtype."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner and the embedded engine compute. auto: on a GPU where torch sees one."""
     fp8: Literal["off", "emulate", "on"] = "off"

@@ -254,6 +254,7 @@ class Broadcast(Transport):
 
     def _build(self, meeting: Meeting, epoch: int, rank: int) -> Any:
         size = 1 + len(meeting.readers)
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a dead peer is an error, not the end of the process
         store = dist.PrefixStore(f"group {epoch}", self.store)  # pyright: ignore[reportPrivateImportUsage]
         if meeting.backend == "gloo":
             return dist.ProcessGroupGloo(store, rank, size, self.timeout)

@@ -30,7 +30,7 @@ class Engine(Protocol):
         """Queues a prompt and returns its number. Raises ValueError for a bad one; other requests are not touched.
 
         `begun`: its samples as `abort` returned them, perhaps under older weights. Unfinished ones go on after their
-        tokens, whose cache the engine's weights compute anew; the draw of a position is what it would have been.
+        tokens, whose cache the engine's weights compute anew, by draws that are a function of (seed, position).
         """
         ...
 

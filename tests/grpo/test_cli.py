@@ -151,6 +151,10 @@ def test_model_init_eval_and_report(tmp_path: Path, capfd: pytest.CaptureFixture
     assert code == 0 and "parameters" in text
     path = config(tmp_path, model={"path": out, "init": None}, data={"holdout": 0.3})
     assert run(capfd, "train", path)[0] == 0
+    saved = tmp_path / "run" / "config.yaml"  # as of a run on a cluster: nothing is sent in an evaluation
+    values = yaml.safe_load(saved.read_text())
+    values["run"]["cluster"], values["rollout"]["weight_transport"] = "ray", "broadcast"
+    saved.write_text(yaml.safe_dump(values))
     code, text, err = run(capfd, "eval", str(tmp_path / "run"), "--n", "4", "--k", "1,4")
     assert code == 0, err
     result = json.loads(text)

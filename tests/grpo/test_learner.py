@@ -299,6 +299,24 @@ def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str, moments: Li
     assert {str(v.dtype) for name, v in want.items() if name.startswith("exp_avg_sq")} == {f"torch.{moments}"}
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_resume_may_change_the_dtype_of_moments(
+    tiny: Path, tmp_path: Path, moments: Literal["float32", "bfloat16"]
+) -> None:
+    config = GRPOConfig(learning_rate=1e-3, adam_moment_dtype="float32" if moments == "bfloat16" else "bfloat16")
+    first, second, *_ = cuts(make_groups())
+    learner = Learner(tiny, config, temperature=TEMPERATURE)
+    learner.step([first])
+    learner.save(tmp_path)
+    resumed = Learner(tiny, config.model_copy(update={"adam_moment_dtype": moments}), temperature=TEMPERATURE)
+    resumed.load(tmp_path)
+    for one in (learner, resumed):
+        one.step([second])
+    states = [next(iter(one.optimizer.state.values()))["exp_avg_sq"] for one in (learner, resumed)]
+    assert states[1].dtype == getattr(torch, moments)
+    torch.testing.assert_close(states[1].float(), states[0].float(), rtol=2**-6, atol=1e-30)
+
+
 def test_load_refuses_a_plain_model(tiny: Path) -> None:
     with pytest.raises(ValueError, match="no training checkpoint"):
         Learner(tiny, GRPOConfig()).load(tiny)

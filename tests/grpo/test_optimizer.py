@@ -72,3 +72,19 @@ def test_weight_decay_is_for_matrices() -> None:
     optimizer.step()
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), 0.95))
     assert vector.tolist() == [1.0, 1.0]
+
+
+def test_moments_that_come_in_float32_are_not_overwritten() -> None:
+    """As from a checkpoint of the other kind."""
+    weights = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    given, own = (LowMemoryAdamW([weight], betas=BETAS) for weight in weights)
+    for weight, optimizer in zip(weights, (given, own)):
+        weight.grad = torch.full((4, 4), 0.5)
+        optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        given.state[weights[0]][key] = given.state[weights[0]][key].float()
+    for optimizer in (given, own):
+        optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(given.state[weights[0]][key].bfloat16(), own.state[weights[1]][key], rtol=0, atol=0)
+    assert torch.equal(*weights)

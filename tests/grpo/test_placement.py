@@ -197,3 +197,18 @@ def test_a_batch_moves_but_for_its_cuts() -> None:
     moved = batch.to(torch.device("meta"))
     assert {t.device.type for t in (moved.input_ids, moved.target, moved.weights)} == {"meta"}
     assert moved.cu_seqlens is batch.cu_seqlens and moved.parent is batch.parent and moved.old_logprobs is None
+
+
+def test_a_transport_that_the_placement_rules_out() -> None:
+    vllm = {"engine": "vllm"}
+    apart = config(rollout=vllm | {"weight_transport": "ipc"})
+    with pytest.raises(ConfigError, match=r"ipc is for a learner and engines on one GPU, but they ask for 1 and 1"):
+        assign_gpus(apart, roles_of(apart), [2])
+    shares = config(run={"learner_gpus": 0.5}, rollout=vllm | {"gpus_per_worker": 0.5, "weight_transport": "broadcast"})
+    with pytest.raises(ConfigError, match=r"broadcast goes by NCCL from GPU to GPU.*take ipc"):
+        assign_gpus(shares, roles_of(shares), [1])
+    for fine in (
+        config(run={"learner_gpus": 0.5}, rollout=vllm | {"gpus_per_worker": 0.5, "weight_transport": "ipc"}),
+        config(rollout=vllm | {"weight_transport": "broadcast"}),
+    ):
+        assert assign_gpus(fine, roles_of(fine), [2])
