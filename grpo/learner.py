@@ -31,7 +31,7 @@ from grpo.transport import ObjectStore, Transport
 from grpo.weight_sync import Bucket, Canary, Outbox
 from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
 from model.fp8.modules import Mode as Fp8Mode
-from model.fp8.modules import to_fp8, unquantized
+from model.fp8.modules import kept_in_fp32, to_fp8, unquantized
 from model.lora import FOLDER, LoraAdapter, MergedModel
 from model.modeling import DeepseekV3PreTrainedModel
 from rollout import Rerouted, WeightFault
@@ -57,15 +57,18 @@ class Learner:
         device: torch.device | str = "cpu",
         fp8: Fp8Mode = "off",
         fp8_recipe: str = "blockwise",
+        exact_sync: bool = False,
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
         engines are held against. `model`: what to train, where it is not the policy in model_dir. `transport`: takes
         the weights to the engines; None: object_store. `delta_sync`: see `weights`. `device`: where it computes.
-        `fp8`, `fp8_recipe`: see to_fp8; weights that are saved or travel are the parameters, not their codes. Raises
+        `fp8`, `fp8_recipe`: see to_fp8; weights that are saved or travel are the parameters in `dtype`, not their codes.
+        `exact_sync`: what FP8 layers keep in FP32 travels as it is, for engines that make the same codes of it. Raises
         ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
+        self.exact_sync = exact_sync
         if model is None:
             model = load_model(model_dir, getattr(torch, dtype), device)
             to_fp8(model, fp8, fp8_recipe)
@@ -87,9 +90,9 @@ class Learner:
         if isinstance(config, GRPOConfig) and config.beta > 0 and self.adapter is not None:
             self.reference = AdapterOff(self.policy, self.adapter)
         elif isinstance(config, GRPOConfig) and config.beta > 0:
-            frozen = load_model(reference_dir or model_dir, getattr(torch, dtype), device)
+            frozen = load_model(reference_dir or model_dir, getattr(torch, dtype), device).requires_grad_(False)
             to_fp8(frozen, fp8, fp8_recipe)
-            self.reference = _policy(frozen.requires_grad_(False))
+            self.reference = _policy(frozen)
         self.optimizer = build_optimizer(
             self.policy.master,
             config.learning_rate,
@@ -227,7 +230,7 @@ class Learner:
     def _state(self, changes: bool) -> Iterable[tuple[str, torch.Tensor]]:
         """What travels; `changes`: after a version that the engines hold."""
         if self.adapter is None or not self.sends_adapter:
-            return published_state(self.published)
+            return published_state(self.published, self.exact_sync)
         if changes:
             return self.adapter.tensors().items()  # a base of many GB need not be digested to know that
         return self.adapter.unmerged()
@@ -291,10 +294,10 @@ class Learner:
             self.adapter.save(directory)
         state = directory / "train_state"
         state.mkdir(exist_ok=True)
-        tensors = {}
+        tensors, rounded = {}, kept_in_fp32(self.policy.model)
         for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
             tensors |= {f"{name}|{key}": value for key, value in self.optimizer.state.get(master, {}).items()}
-            if parameter is not master:
+            if parameter is not master or name in rounded:
                 tensors[f"{name}|master"] = master.detach()
         save_file({key: value.contiguous() for key, value in tensors.items()}, state / "optimizer.safetensors")
         start = None if self.router_start is None else self.router_start.tolist()
@@ -316,10 +319,11 @@ class Learner:
             )
         else:
             fill_weights(self.policy.model, directory)
-        tensors = load_file(state / "optimizer.safetensors")
+        tensors, rounded = load_file(state / "optimizer.safetensors"), kept_in_fp32(self.policy.model)
         for name, parameter, master in zip(self.policy.names, self.policy.parameters, self.policy.master):
-            if parameter is not master:
-                master.data.copy_(tensors.pop(f"{name}|master"))
+            if parameter is not master or name in rounded:
+                with torch.no_grad():  # not by `data`: codes are made anew for what is seen to change
+                    master.copy_(tensors.pop(f"{name}|master"))
             values = {k.split("|")[1]: v for k, v in tensors.items() if k.split("|")[0] == name}
             if values:
                 step = values.pop("step")

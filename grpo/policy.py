@@ -49,7 +49,7 @@ class Policy(ABC):
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        # an FP32 model is its own master copy
+        # an FP32 parameter is its own master copy: all of an FP32 model, and what computes in FP8 (to_fp8)
         self.master = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
 
     @property
@@ -102,7 +102,7 @@ class Policy(ABC):
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copies the master weights into the model that computes."""
+        """Copies the master weights into the model that computes, where it has a copy."""
         for parameter, master in zip(self.parameters, self.master):
             if parameter is not master:
                 parameter.copy_(master)

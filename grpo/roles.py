@@ -184,6 +184,7 @@ def learner_role(config: Config, model_dir: str, reference_dir: str, weight_dir:
         device=compute_device(config.model.device),
         fp8=config.model.fp8,
         fp8_recipe=config.model.fp8_recipe,
+        exact_sync=config.rollout.engine == "embedded",  # it computes in FP8 as the learner does
     )
 
 

@@ -79,7 +79,7 @@ class Checkpoint:
 
     def check(self, model: HFModel) -> None:
         """Raise ValueError unless the weights are exactly this model's (which may lie on the meta device)."""
-        expected = {name: tuple(t.shape) for name, t in hf_state(model) if from_hf(name, model.config) is not None}
+        expected = {name: tuple(t.shape) for name, t in hf_state(model, exact=True) if from_hf(name, model.config) is not None}
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             listing = self.directory / INDEX if (self.directory / INDEX).is_file() else self.directory
@@ -196,8 +196,8 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
 
     if scale_fmt:
-        layout = released_layout(((name, tensor.shape) for name, tensor in hf_state(model)), scale_fmt)
-        write_shards(directory, layout, released_form(hf_state(model), scale_fmt), max_shard_bytes)
+        layout = released_layout(((name, tensor.shape) for name, tensor in hf_state(model, exact=True)), scale_fmt)
+        write_shards(directory, layout, released_form(hf_state(model, exact=True), scale_fmt), max_shard_bytes)
     else:
         layout = (TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in hf_state(model))
         write_shards(directory, layout, hf_state(model), max_shard_bytes)

@@ -61,9 +61,12 @@ def empty_model(config: AnyConfig) -> AnyModel:
     return DeepseekV3ForCausalLM(config) if isinstance(config, DeepseekV3Config) else empty_auto(config)
 
 
-def published_state(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor) of a model, or of a MergedModel (model.lora) around one."""
-    return hf_state(model) if isinstance(model.config, DeepseekV3Config) else published(model)
+def published_state(model: Any, exact: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every (published name, tensor) of a model, or of a MergedModel (model.lora) around one.
+
+    In the model's dtype, router biases in FP32; `exact`: what model.fp8 keeps in FP32 comes so.
+    """
+    return hf_state(model, exact) if isinstance(model.config, DeepseekV3Config) else published(model)
 
 
 def published_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -99,10 +99,16 @@ def stored_in_fp8(hf_name: str) -> bool:
     return FP8_WEIGHT.fullmatch(hf_name) is not None
 
 
-def hf_state(model: HFModel) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor) of the model, detached views into its parameters."""
-    for name, tensor in model.state_dict().items():
-        yield from to_hf(name, tensor.detach(), model.config)
+def hf_state(model: HFModel, exact: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every (published name, tensor) of the model, detached views into its parameters.
+
+    What FP8 layers of a BF16 model keep in FP32 is rounded to the model's dtype, a copy, unless `exact`.
+    """
+    state = model.state_dict()
+    dtype = state["model.norm.weight"].dtype
+    for name, tensor in state.items():
+        for published, part in to_hf(name, tensor.detach(), model.config):
+            yield published, part.to(dtype) if not exact and stored_in_fp8(published) else part
 
 
 class HFLoader:

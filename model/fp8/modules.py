@@ -2,7 +2,8 @@
 
 `to_fp8` puts them in place of the plain ones, around the same parameters under the same names. All three products of a
 layer (fprop, dgrad, wgrad) have FP8 operands. What is kept for the backward pass is FP8 as well: the column-wise form
-of a layer's input, and the input of SwiGLU, which is computed again.
+of a layer's input, and the input of SwiGLU, which is computed again. In a BF16 model parameters that train become FP32
+ones: master weights that are cast straight to FP8, and have gradients in FP32 and no BF16 copy (ibid., 3.3.2).
 
 Invariant: parameters are never quantised in place. The codes that products read are made from a parameter when it has
 changed, so once an optimiser update and not once a micro-batch. What writes to `parameter.data` is not noticed.
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -34,7 +36,8 @@ RECIPES = {"blockwise": Recipe(), "blockwise_ue8m0": Recipe(ue8m0=True), "mxfp8"
 def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = None) -> None:
     """Makes the linear layers of attention, the MLPs and the experts of a model, MTP layers included, compute in FP8.
 
-    Not the embedding, head, router, norms, attention's core, nor eh_proj. mode: "emulate" in plain torch, "on" by
+    Their parameters become FP32 (frozen ones stay as they are); activations keep the model's dtype. Not the embedding,
+    head, router, norms, attention's core, nor eh_proj. mode: "emulate" in plain torch, "on" by
     kernels; "off" does nothing. recipe: a key of RECIPES. ops: instead of the module that the mode names, what has the
     functions of model/fp8/reference.py. Raises ValueError for a model without such layers, and for "on" where kernels
     cannot run.
@@ -57,6 +60,9 @@ def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = N
                 new = Fp8Linear(child, ops, RECIPES[recipe])
             if new is not None:
                 setattr(parent, name, new.train(child.training))
+                for parameter in new.parameters():
+                    if parameter.requires_grad:  # else nothing moves it by less than its dtype can hold
+                        parameter.data = parameter.data.float()
 
 
 @cache
@@ -85,7 +91,7 @@ def _kernels(recipe: str) -> ModuleType:
 
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
-    """While it lasts the model computes without FP8, as an engine that was given its parameters does."""
+    """While it lasts the model computes without FP8, as an engine that was given its parameters in the model's dtype."""
     layers = [module for module in model.modules() if isinstance(module, Fp8Layer)]
     for layer in layers:
         layer.quantized = False
@@ -113,6 +119,17 @@ def computed_gated_weights(mlp: MLP | Experts) -> tuple[Tensor, Tensor]:
     return (torch.cat(first) if len(first) > 1 else first[0]).detach(), down.detach()
 
 
+def kept_in_fp32(model: nn.Module) -> set[str]:
+    """Names of parameters that are FP32 in a model of another dtype, so that a published form of them is rounded."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Fp8Layer)
+        for name, parameter in module.named_parameters()
+        if parameter.dtype != module.dtype
+    }
+
+
 def input_cast(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What the layers of a model do to inputs # [M, K] before they multiply; None: nothing, as there is no FP8."""
     return next((module.cast for module in model.modules() if isinstance(module, Fp8Layer)), None)
@@ -124,9 +141,10 @@ class Fp8Layer:
     ops: Any
     recipe: Recipe
     quantized: bool
+    dtype: torch.dtype  # of the layer that it replaced, and of activations
 
-    def _set(self, ops: Any, recipe: Recipe) -> None:
-        self.ops, self.recipe, self.quantized = ops, recipe, True
+    def _set(self, ops: Any, recipe: Recipe, like: Tensor) -> None:
+        self.ops, self.recipe, self.quantized, self.dtype = ops, recipe, True, like.dtype
         self._codes: dict[str, tuple[Any, Weight]] = {}
 
     def codes(self, name: str, *parameters: Tensor) -> Weight:
@@ -141,8 +159,8 @@ class Fp8Layer:
         return self._codes[name][1]
 
     def values(self, name: str, *parameters: Tensor) -> Tensor:
-        """What the codes stand for, in the parameters' dtype # [E, N, K]."""
-        return reference.dequantize_weight(self.codes(name, *parameters)).to(parameters[0].dtype)
+        """What the codes stand for, in the dtype of activations # [E, N, K]."""
+        return reference.dequantize_weight(self.codes(name, *parameters)).to(self.dtype)
 
     def cast(self, x: Tensor) -> Tensor:
         """x # [M, K] as the operand of a product, in its own dtype."""
@@ -158,12 +176,12 @@ class Fp8Linear(Fp8Layer, nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
         self.register_parameter("bias", None)
-        self._set(ops, recipe)
+        self._set(ops, recipe, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x # [M, in] -> # [M, out]."""
         if not self.quantized:
-            return super().forward(x)
+            return F.linear(x, self.weight.to(x.dtype))
         codes = self.codes("weight", self.weight)
         if not torch.is_grad_enabled():
             return self.ops.grouped_linear(self.ops.quantize_rows(x, self.recipe), codes, None, x.dtype)
@@ -176,13 +194,14 @@ class Fp8MLP(Fp8Layer, MLP):
     def __init__(self, mlp: MLP, ops: Any, recipe: Recipe) -> None:
         nn.Module.__init__(self)
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self._set(ops, recipe)
+        self._set(ops, recipe, self.down_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x # [M, d] -> # [M, d]."""
-        if not self.quantized:
-            return super().forward(x)
         first, down = (self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight
+        if not self.quantized:
+            gate, up = (F.linear(x, weight.to(x.dtype)) for weight in first)
+            return F.linear(F.silu(gate) * up, down.to(x.dtype))
         codes, ops, recipe = (self.codes("gate_up", *first), self.codes("down", down)), self.ops, self.recipe
         if torch.is_grad_enabled():
             return _MLP.apply(x, down, *first, codes, ops, recipe)
@@ -196,7 +215,7 @@ class Fp8Experts(Fp8Layer, Experts):
     def __init__(self, experts: Experts, ops: Any, recipe: Recipe) -> None:
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
-        self._set(ops, recipe)
+        self._set(ops, recipe, self.down_proj)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """See Experts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from grpo import GRPOTrainer
 from grpo.config import ConfigError, GRPOConfig, load_config
@@ -20,8 +22,8 @@ from grpo.records import PackedBatch, TrainingSample
 from grpo.stages import run_sft
 from model import DeepseekV3ForCausalLM
 from model.create import create_model
-from model.fp8.modules import Fp8Experts, to_fp8
-from model.names import hf_state
+from model.fp8.modules import Fp8Experts, Fp8Layer, kept_in_fp32, to_fp8
+from model.names import hf_state, stored_in_fp8
 from rollout import SamplingParams, build_engine
 from tests.resume import check_resume
 from tests.weights import unpacked
@@ -60,11 +62,52 @@ def state(learner: Learner) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str) -> None:
-    config = GRPOConfig(learning_rate=1e-3, mtp_loss_weight=0.1)
+@pytest.mark.parametrize(
+    ("dtype", "moments"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
+def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str, moments: str) -> None:
+    config = GRPOConfig(learning_rate=1e-3, mtp_loss_weight=0.1, adam_moment_dtype=moments, adam_beta2=0.95)
     learner, fresh = (Learner(tiny, config, dtype=dtype, fp8="emulate") for _ in range(2))
     check_resume(learner, fresh, [batches(0), batches(1), batches(2)], state, tmp_path)
+    published = load_file(tmp_path / "model.safetensors")
+    assert {str(t.dtype).removeprefix("torch.") for n, t in published.items() if not n.endswith("_bias")} == {dtype}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+
+
+def test_master_weights_have_no_bfloat16_copy(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes in FP8: 4 bytes a weight for parameter and master, one for codes, gradients added up in FP32; it
+    moves by less than BF16 can hold. Everything else: BF16 beside an FP32 master."""
+    learner = Learner(tiny, GRPOConfig(learning_rate=1e-6), dtype="bfloat16", fp8="emulate")
+    policy, grads = learner.policy, dict[str, torch.dtype]()
+    in_fp8 = kept_in_fp32(policy.model)
+    assert in_fp8 == {
+        name for name in policy.names if re.search(r"(self_attn|mlp)\..*_proj(_with_mqa)?(\.weight)?$", name)
+    }
+    collect = policy._collect
+
+    def collected() -> None:
+        grads.update((n, p.grad.dtype) for n, p in zip(policy.names, policy.parameters) if p.grad is not None)
+        collect()
+
+    monkeypatch.setattr(policy, "_collect", collected)
+    before = {name: master.detach().clone() for name, master in zip(policy.names, policy.master)}
+    learner.step(batches())
+    size = {True: 0, False: 0}  # bytes by whether it computes in FP8
+    count = {True: 0, False: 0}
+    for name, parameter, master in zip(policy.names, policy.parameters, policy.master):
+        fp8 = name in in_fp8
+        size[fp8] += sum({t.data_ptr(): t.nbytes for t in (parameter, master)}.values())
+        count[fp8] += parameter.numel()
+        assert master.dtype == torch.float32 and (parameter is master) == fp8, name
+        assert parameter.dtype == (torch.float32 if fp8 else torch.bfloat16), name
+        assert name.startswith("mtp") or grads[name] == parameter.dtype, name
+    assert size[True] == 4 * count[True] and size[False] == 6 * count[False]
+    layers = [module for module in policy.model.modules() if isinstance(module, Fp8Layer)]
+    held = {w.codes.data_ptr(): w.codes.nbytes for layer in layers for _, w in layer._codes.values()}
+    assert sum(held.values()) == sum(p.numel() for n, p in policy.model.named_parameters() if n in in_fp8 and "mtp" not in n)
+    place = policy.names.index("model.layers.1.mlp.experts.down_proj")
+    moved = policy.master[place] - before["model.layers.1.mlp.experts.down_proj"]
+    assert 0 < moved.abs().max() < 2e-6 and (moved != 0).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,8 +117,14 @@ def test_weights_are_not_quantised_and_prove_themselves(tiny: Path, dtype: str) 
     learner = Learner(tiny, config, dtype=dtype, fp8="emulate", canaries=True)
     learner.step(batches())
     buckets = learner.weights()
+    learner.exact_sync = True  # as an engine gets them that makes codes of them
+    exact = dict(unpacked(learner.weights()))
     for (name, got), (want_name, want) in zip(unpacked(buckets), hf_state(learner.policy.model), strict=True):
         assert name == want_name and torch.equal(got, want)
+        bias = name.endswith("e_score_correction_bias")
+        assert got.dtype == (torch.float32 if bias else getattr(torch, dtype))
+        assert exact[name].dtype == (torch.float32 if bias or stored_in_fp8(name) else getattr(torch, dtype))
+        assert torch.equal(exact[name].to(got.dtype), got)
     plain = DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype))
     plain.load_state_dict(learner.policy.model.state_dict())
     canary = buckets[0].canary
@@ -105,6 +154,33 @@ def test_the_engine_computes_the_learners_numbers(tiny: Path, recipe: str, exact
         (batch,) = pack([[sample]], 1000)
         errors += (learner.logprobs(batch) - torch.tensor(completion.logprobs)).abs().tolist()
     assert np.median(errors) < 1e-5 and np.mean(errors) < 1e-2
+
+
+def test_an_engine_makes_the_learners_codes_of_its_masters(tiny: Path) -> None:
+    """In BF16: the very bytes, and log-probabilities as far apart as BF16's rounding; of rounded weights other codes."""
+    learner = Learner(tiny, GRPOConfig(learning_rate=1e-3), dtype="bfloat16", fp8="emulate")
+    for seed in range(3):
+        learner.step(batches(seed))
+    prompts = [list(range(3, 8 + i)) for i in range(8)]
+    params = SamplingParams(max_tokens=8, seed=0, ignore_eos=True)
+    found = {}
+    for exact in (True, False):
+        engine = build_engine(tiny, dtype=torch.bfloat16, fp8="emulate")
+        learner.exact_sync = exact
+        engine.load_weights(unpacked(learner.weights()), 3)
+        errors = []
+        for prompt, (completion,) in zip(prompts, engine.generate(prompts, params), strict=True):
+            (batch,) = pack([[TrainingSample(tuple(prompt), completion.token_ids, 1.0)]], 1000)
+            errors += (learner.logprobs(batch) - torch.tensor(completion.logprobs)).abs().tolist()
+        changed, total = 0, 0
+        for ours, theirs in zip(learner.policy.model.model.modules(), engine.model.model.modules(), strict=True):
+            if isinstance(ours, Fp8Layer):
+                for name, (_, weight) in ours._codes.items():
+                    pair = [w.codes.view(torch.uint8) for w in (weight, theirs._codes[name][1])]
+                    changed, total = changed + int((pair[0] != pair[1]).sum()), total + pair[0].numel()
+        found[exact] = changed / total, float(np.mean(errors)), float(np.median(errors))
+    print(found)
+    assert found[True][0] == 0 and found[False][0] > 0.001
 
 
 def settings(tmp: Path, **model: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from model.fp8.modules import RECIPES, Fp8Experts, Fp8Linear, Fp8MLP, to_fp8, un
 from model.layers import MLP
 from model.moe import Experts, Routing, expert_counts
 from model.mtp import mtp_loss
+from model.names import stored_in_fp8, to_hf
 
 MakeModel = Callable[..., DeepseekV3ForCausalLM]
 FORMAT = 0.041  # relative error of one product, by the Frobenius norm
@@ -203,7 +204,10 @@ def test_whole_model(recipe: str, dtype: torch.dtype, make_model: MakeModel, tmp
     got, want = loss_of(model, ids), loss_of(plain, ids)
     assert 0 < abs(got.item() - want.item()) < 0.02 * want.item()
     got.backward()
-    assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        want_dtype = torch.float32 if stored_in_fp8(next(to_hf(name, parameter, model.config))[0]) else dtype
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+        assert parameter.dtype == parameter.grad.dtype == want_dtype, name
     with unquantized(model):
         assert torch.equal(loss_of(model, ids), want)
     assert torch.equal(loss_of(model, ids), got)
@@ -211,6 +215,18 @@ def test_whole_model(recipe: str, dtype: torch.dtype, make_model: MakeModel, tmp
         one.save_pretrained(tmp_path / name)
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("fp8", "plain"))
     assert a == b
+
+
+def test_frozen_weights_take_no_more_memory(make_model: MakeModel) -> None:
+    """A reference policy's stay BF16, with the codes of FP32 ones of the same values."""
+    models, ids = [make_model(initializer_range=0.1).to(torch.bfloat16) for _ in range(2)], torch.randint(40, (24,))
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].requires_grad_(False)
+    for model in models:
+        to_fp8(model, "emulate")
+    assert {p.dtype for p in models[1].parameters()} == {torch.bfloat16}
+    a, b = (model(ids[None]).logits for model in models)
+    assert a.dtype == torch.bfloat16 and torch.equal(a, b)
 
 
 def test_recomputed_layers(make_model: MakeModel) -> None:
