@@ -79,7 +79,9 @@ class Checkpoint:
 
     def check(self, model: HFModel) -> None:
         """Raise ValueError unless the weights are exactly this model's (which may lie on the meta device)."""
-        expected = {name: tuple(t.shape) for name, t in hf_state(model, exact=True) if from_hf(name, model.config) is not None}
+        expected = {
+            name: tuple(t.shape) for name, t in hf_state(model, exact=True) if from_hf(name, model.config) is not None
+        }
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             listing = self.directory / INDEX if (self.directory / INDEX).is_file() else self.directory

@@ -104,7 +104,9 @@ def test_master_weights_have_no_bfloat16_copy(tiny: Path, monkeypatch: pytest.Mo
     assert size[True] == 4 * count[True] and size[False] == 6 * count[False]
     layers = [module for module in policy.model.modules() if isinstance(module, Fp8Layer)]
     held = {w.codes.data_ptr(): w.codes.nbytes for layer in layers for _, w in layer._codes.values()}
-    assert sum(held.values()) == sum(p.numel() for n, p in policy.model.named_parameters() if n in in_fp8 and "mtp" not in n)
+    assert sum(held.values()) == sum(
+        p.numel() for n, p in policy.model.named_parameters() if n in in_fp8 and "mtp" not in n
+    )
     place = policy.names.index("model.layers.1.mlp.experts.down_proj")
     moved = policy.master[place] - before["model.layers.1.mlp.experts.down_proj"]
     assert 0 < moved.abs().max() < 2e-6 and (moved != 0).float().mean() > 0.5
@@ -157,7 +159,8 @@ def test_the_engine_computes_the_learners_numbers(tiny: Path, recipe: str, exact
 
 
 def test_an_engine_makes_the_learners_codes_of_its_masters(tiny: Path) -> None:
-    """In BF16: the very bytes, and log-probabilities as far apart as BF16's rounding; of rounded weights other codes."""
+    """In BF16: the very bytes, and log-probabilities no further apart than casts of BF16 numbers make them (0.09 in the
+    mean; 0.14 with codes of rounded weights, of which 2 % differ)."""
     learner = Learner(tiny, GRPOConfig(learning_rate=1e-3), dtype="bfloat16", fp8="emulate")
     for seed in range(3):
         learner.step(batches(seed))
@@ -178,9 +181,9 @@ def test_an_engine_makes_the_learners_codes_of_its_masters(tiny: Path) -> None:
                 for name, (_, weight) in ours._codes.items():
                     pair = [w.codes.view(torch.uint8) for w in (weight, theirs._codes[name][1])]
                     changed, total = changed + int((pair[0] != pair[1]).sum()), total + pair[0].numel()
-        found[exact] = changed / total, float(np.mean(errors)), float(np.median(errors))
-    print(found)
-    assert found[True][0] == 0 and found[False][0] > 0.001
+        found[exact] = changed / total, float(np.mean(errors))
+    assert found[True][0] == 0 and 0.005 < found[False][0] < 0.05
+    assert found[True][1] < 0.13 and found[False][1] < 0.25
 
 
 def settings(tmp: Path, **model: Any) -> dict[str, Any]:
