@@ -91,7 +91,7 @@ def _kernels(recipe: str) -> ModuleType:
 
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
-    """While it lasts the model computes without FP8, as an engine that was given its parameters in the model's dtype."""
+    """While it lasts the model computes without FP8, as an engine that was sent its parameters in its dtype."""
     layers = [module for module in model.modules() if isinstance(module, Fp8Layer)]
     for layer in layers:
         layer.quantized = False
