@@ -63,9 +63,9 @@ class Learner:
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
         engines are held against. `model`: what to train, where it is not the policy in model_dir. `transport`: takes
         the weights to the engines; None: object_store. `delta_sync`: see `weights`. `device`: where it computes.
-        `fp8`, `fp8_recipe`: see to_fp8; what is saved or travels is the parameters in `dtype`, not their codes. `exact_sync`:
-        what FP8 layers keep in FP32 travels as it is, for engines that make the same codes of it. Raises ValueError for
-        a bad directory.
+        `fp8`, `fp8_recipe`: see to_fp8; what is saved or travels is the parameters in `dtype`, not their codes.
+        `exact_sync`: what FP8 layers keep in FP32 travels so, for engines that make the same codes of it. Raises
+        ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
         self.exact_sync = exact_sync

@@ -124,7 +124,7 @@ def kept_in_fp32(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
-        if isinstance(module, Fp8Layer)
+        if isinstance(module, Fp8Linear | Fp8MLP | Fp8Experts)
         for name, parameter in module.named_parameters()
         if parameter.dtype != module.dtype
     }

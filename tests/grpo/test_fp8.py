@@ -19,6 +19,7 @@ from grpo.evaluate import evaluate_policy
 from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.records import PackedBatch, TrainingSample
+from grpo.roles import learner_role
 from grpo.stages import run_sft
 from model import DeepseekV3ForCausalLM
 from model.create import create_model
@@ -199,6 +200,16 @@ def settings(tmp: Path, **model: Any) -> dict[str, Any]:
         "sft": {"max_steps": 3, "learning_rate": 1e-3},
         "grpo": {"max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "learning_rate": 1e-3, "beta": 0.01},
     }
+
+
+@pytest.mark.parametrize(("engine", "exact"), [("embedded", True), ("vllm", False)])
+def test_what_a_run_sends_its_engine(tiny: Path, tmp_path: Path, engine: str, exact: bool) -> None:
+    config = load_config(settings(tmp_path, init=None, path=str(tiny), dtype="bfloat16"))
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": engine})})
+    learner = learner_role(config, str(tiny), str(tiny), "")
+    sent = {entry.name: entry.dtype for bucket in learner.weights() for entry in bucket.entries}
+    assert sent["model.layers.1.mlp.experts.0.up_proj.weight"] == ("float32" if exact else "bfloat16")
+    assert sent["lm_head.weight"] == "bfloat16"
 
 
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
