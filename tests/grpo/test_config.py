@@ -53,6 +53,18 @@ def test_prompts_that_do_not_divide_into_minibatches() -> None:
         assert part in text
 
 
+def test_on_and_off_are_words(tmp_path: Path) -> None:
+    """YAML 1.1 would read them, and yes and no, as booleans."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {fp8: on}\nrollout: {weight_check: off, exact: true}\n")
+    config = load_config(path, ["--run.overwrite=True", "--rollout.replay_routing=false"])
+    assert (config.model.fp8, config.rollout.weight_check, config.rollout.exact) == ("on", "off", True)
+    assert (config.run.overwrite, config.rollout.replay_routing) == (True, False)
+    path.write_text(config.dump())
+    assert load_config(path) == config
+    assert load_config(path, ["--model.fp8=off"]).model.fp8 == "off"
+
+
 def test_bf16_moments_that_could_not_decay() -> None:
     text = message({"grpo": {"adam_moment_dtype": "bfloat16", "adam_beta2": 0.999}})
     for part in ("adam_beta2 0.999", "0.996", "adam_moment_dtype", "float32"):
