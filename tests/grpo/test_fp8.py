@@ -18,7 +18,7 @@ from grpo.config import ConfigError, GRPOConfig, load_config
 from grpo.evaluate import evaluate_policy
 from grpo.learner import Learner
 from grpo.packing import pack
-from grpo.records import PackedBatch, TrainingSample
+from grpo.records import TrainingSample
 from grpo.roles import learner_role
 from grpo.stages import run_sft
 from model import DeepseekV3ForCausalLM
@@ -27,31 +27,10 @@ from model.fp8.modules import Fp8Experts, Fp8Layer, kept_in_fp32, to_fp8
 from model.names import hf_state, stored_in_fp8
 from rollout import SamplingParams, build_engine
 from tests.resume import check_resume
+from tests.samples import batches
 from tests.weights import unpacked
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_v3.yaml"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    spec = yaml.safe_load(TINY.read_text())
-    spec["config"]["initializer_range"] = 0.1  # attention and experts that do something
-    directory = tmp_path_factory.mktemp("tiny")
-    create_model(spec, directory, seed=0)
-    return directory
-
-
-def batches(seed: int = 0) -> list[list[PackedBatch]]:
-    """A mini-batch of three groups of four random samples, in two micro-batches."""
-    rng = np.random.default_rng(seed)
-
-    def sample(prompt: tuple[int, ...]) -> TrainingSample:
-        ids = tuple(rng.integers(0, 50, 7).tolist())
-        return TrainingSample(prompt, ids, 1 / 84, float(rng.normal()), tuple(rng.uniform(-5, -3, 7).tolist()))
-
-    prompts = [tuple(rng.integers(0, 50, 6).tolist()) for _ in range(3)]
-    return [pack([[sample(prompt) for _ in range(4)] for prompt in prompts], 80)]
 
 
 def state(learner: Learner) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from grpo import learner as learner_module
 from grpo.advantages import group_advantages
@@ -20,24 +19,12 @@ from grpo.losses import LossOptions, policy_loss, token_weights
 from grpo.packing import pack
 from grpo.policy import LossFn, Stats
 from grpo.records import PackedBatch, TrainingSample
-from model.create import create_model
 from tests.resume import check_resume
 
-TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny_v3.yaml"
 TEMPERATURE = 0.7
 # (prompt length, completion lengths) of each group
 SHAPES = [(9, (5, 1, 12)), (4, (7,)), (1, (3, 6)), (6, (2, 4, 2, 8))]
 Groups = list[list[TrainingSample]]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    spec = yaml.safe_load(TINY.read_text())
-    spec["config"]["initializer_range"] = 0.1  # attention and experts that do something
-    directory = tmp_path_factory.mktemp("tiny")
-    create_model(spec, directory, seed=0)
-    return directory
 
 
 def make_groups(loss_type: str = "dapo", active: bool = True) -> Groups:

@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 
 from grpo import GRPOTrainer
 from grpo.config import ConfigError, GRPOConfig, load_config
@@ -19,39 +17,18 @@ from grpo.evaluate import evaluate_policy
 from grpo.learner import Learner
 from grpo.packing import pack
 from grpo.policy import AdapterOff
-from grpo.records import PackedBatch, TrainingSample
+from grpo.records import TrainingSample
 from model import DeepseekV3ForCausalLM
 from model.create import create_model
 from rollout import SamplingParams, build_engine
 from tests.resume import check_resume
+from tests.samples import batches
 from tests.weights import unpacked
 
 peft = pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "tiny_v3.yaml"
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": []}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    spec = yaml.safe_load(TINY.read_text())
-    spec["config"]["initializer_range"] = 0.1  # attention and experts that do something
-    directory = tmp_path_factory.mktemp("tiny")
-    create_model(spec, directory, seed=0)
-    return directory
-
-
-def batches(seed: int = 0) -> list[list[PackedBatch]]:
-    """A mini-batch of three groups of four random samples, in two micro-batches."""
-    rng = np.random.default_rng(seed)
-
-    def sample(prompt: tuple[int, ...]) -> TrainingSample:
-        ids = tuple(rng.integers(0, 50, 7).tolist())
-        return TrainingSample(prompt, ids, 1 / 84, float(rng.normal()), tuple(rng.uniform(-5, -3, 7).tolist()))
-
-    prompts = [tuple(rng.integers(0, 50, 6).tolist()) for _ in range(3)]
-    return [pack([[sample(prompt) for _ in range(4)] for prompt in prompts], 80)]
 
 
 def state(learner: Learner) -> dict[str, torch.Tensor]:
