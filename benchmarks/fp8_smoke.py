@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, ROOT, machine, write_result
+from benchmarks.common import ROOT, machine, write_result
+from benchmarks.smoke_learns import against_recorded, figures
 from grpo import GRPOTrainer
 from grpo.log import load_metrics
 
@@ -36,11 +37,9 @@ def train(seed: int, max_steps: int, folder: Path) -> dict[str, Any]:
         "seed": seed,
         "accuracy_before": result.accuracy_before,
         "accuracy_after": result.accuracy_after,
-        "accuracy_curve": {r["step"]: r["eval/accuracy"] for r in rows if r.get("eval/accuracy") is not None},
         "seconds": round(result.seconds, 1),
-        "step_seconds_median": float(np.median([row["step_time"] for row in steps])),
         "logp_difference_mean": float(np.mean([row["sampling/sampling_logp_difference/mean"] for row in steps])),
-        "logp_difference_max": max(row["sampling/sampling_logp_difference/max"] for row in steps),
+        **figures(rows),
     }
     print(json.dumps(row), flush=True)
     return row
@@ -54,11 +53,8 @@ def main() -> None:
     before = machine()
     with tempfile.TemporaryDirectory() as folder:
         runs = [train(int(seed), args.max_steps, Path(folder)) for seed in args.seeds.split(",")]
-    plain = json.loads((RESULTS / "smoke_learns.json").read_text())["results"]["runs"]
-    accuracies = [run["accuracy_after"] for run in plain if run["rewards"] == "as scored"]
-    mean = float(np.mean([run["accuracy_after"] for run in runs]))
-    difference = 100 * (mean - float(np.mean(accuracies)))
-    results = {"runs": runs, "mean_accuracy_after": mean, "points_above_plain": round(difference, 1)}
+    mean, above = against_recorded(runs)
+    results = {"runs": runs, "mean_accuracy_after": mean, "points_above_plain": above}
     print(write_result("fp8_smoke", __doc__ or "", before, results))
 
 

@@ -10,16 +10,17 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from benchmarks.common import machine, write_result
+from benchmarks.common import RESULTS, machine, write_result
 from grpo import GRPOTrainer
 from grpo.cluster import Cluster
+from grpo.log import load_metrics
 from rewards import RewardInput, Score
 
 
@@ -43,7 +44,6 @@ def train(seed: int, directory: Path, control: bool, config: str = "configs/smok
     began = time.perf_counter()
     with mock.patch.object(Cluster, "score", permuted_score if control else Cluster.score):
         result = GRPOTrainer(config, overrides).train()
-    rows = [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
     before, after = result.accuracy_before or 0.0, result.accuracy_after or 0.0
     row = {
         "seed": seed,
@@ -51,13 +51,28 @@ def train(seed: int, directory: Path, control: bool, config: str = "configs/smok
         "accuracy_before": before,
         "accuracy_after": after,
         "gain_points": round(100 * (after - before), 1),
-        "accuracy_curve": {row["step"]: row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None},
         "seconds": round(time.perf_counter() - began, 1),
-        "step_seconds_median": float(np.median([row["step_time"] for row in rows if row.get("step_time")])),
-        "logp_difference_max": max(row.get("sampling/sampling_logp_difference/max", 0.0) for row in rows),
+        **figures(load_metrics(directory / name)),
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the metrics of a smoke run, whatever engine and precision it had."""
+    return {
+        "accuracy_curve": {row["step"]: row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None},
+        "step_seconds_median": float(np.median([row["step_time"] for row in rows if row.get("step_time")])),
+        "logp_difference_max": max(row.get("sampling/sampling_logp_difference/max", 0.0) for row in rows),
+    }
+
+
+def against_recorded(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """(mean accuracy of these runs at the end, percentage points above that of smoke_learns.json)."""
+    recorded = json.loads((RESULTS / "smoke_learns.json").read_text())["results"]["runs"]
+    plain = [run["accuracy_after"] for run in recorded if run["rewards"] == "as scored"]
+    mean = float(np.mean([run["accuracy_after"] for run in runs]))
+    return mean, round(100 * (mean - float(np.mean(plain))), 1)
 
 
 def main() -> None:

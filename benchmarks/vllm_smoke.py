@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, ROOT, machine, write_result
+from benchmarks.common import ROOT, machine, write_result
+from benchmarks.smoke_learns import against_recorded, figures
 from grpo.log import load_metrics
 
 BIN = ROOT / ".venv-vllm" / "bin"
@@ -33,15 +34,12 @@ def train(seed: int, folder: Path) -> dict[str, Any]:
     arguments = [f"--run.seed={seed}", f"--run.output_dir={run}"]
     subprocess.run([str(BIN / "grpo"), "train", "configs/vllm_smoke.yaml", *arguments], cwd=ROOT, check=True)
     rows = load_metrics(run)
-    curve = {row["step"]: row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None}
-    steps = [row for row in rows if row.get("step_time")]
+    found, steps = figures(rows), [row for row in rows if row.get("step_time")]
     row = {
         "seed": seed,
-        "accuracy_curve": curve,
-        "accuracy_after": curve[max(curve)],
-        "step_seconds_median": float(np.median([row["step_time"] for row in steps])),
+        "accuracy_after": found["accuracy_curve"][max(found["accuracy_curve"])],
         "weight_check_share_of_step": float(np.median([row["time/weight_check"] / row["step_time"] for row in steps])),
-        "logp_difference_max": max(row["sampling/sampling_logp_difference/max"] for row in steps),
+        **found,
     }
     print(json.dumps(row), flush=True)
     return row
@@ -54,16 +52,13 @@ def main() -> None:
     before = machine()
     with tempfile.TemporaryDirectory() as folder:
         runs = [train(int(seed), Path(folder)) for seed in args.seeds.split(",")]
-    peers = json.loads((RESULTS / "smoke_learns.json").read_text())["results"]["runs"]
-    embedded = [run["accuracy_after"] for run in peers if run["rewards"] == "as scored"]
-    mean = float(np.mean([run["accuracy_after"] for run in runs]))
-    difference = 100 * (mean - float(np.mean(embedded)))
+    mean, above = against_recorded(runs)
     versions = json.loads(subprocess.check_output([str(BIN / "python"), "-c", VERSIONS]))  # of the runs' environment
     results = {
         "versions": versions,
         "runs": runs,
         "mean_accuracy_after": mean,
-        "points_above_embedded": round(difference, 1),
+        "points_above_embedded": above,
     }
     print(write_result("vllm_smoke", __doc__ or "", before, results))
 

@@ -60,7 +60,7 @@ def assign_gpus(config: Config, roles: Iterable[str], nodes: Sequence[float]) ->
         return dict.fromkeys(roles, 0.0)
     wanted = {role: gpus_wanted(role, config) for role in roles}
     largest = max(wanted.values(), default=0.0)
-    together = config.run.cluster == "inline" or config.run.placement == "colocated"
+    together = config.one_process
     total = largest if together else sum(wanted.values())
     if total > sum(nodes) or largest > max(nodes):
         per_worker = gpus_wanted("rollout-0", config)
@@ -70,14 +70,14 @@ def assign_gpus(config: Config, roles: Iterable[str], nodes: Sequence[float]) ->
             "engine_options.tensor_parallel_size, or share them: run.placement colocated, or run.learner_gpus and "
             "rollout.gpus_per_worker below 1"
         )
-    _check_transport(config, wanted, together)
+    _check_transport(config, wanted)
     return dict.fromkeys(roles, largest) if together else wanted
 
 
-def _check_transport(config: Config, wanted: Mapping[str, float], together: bool) -> None:
+def _check_transport(config: Config, wanted: Mapping[str, float]) -> None:
     """ConfigError for a way of the weights that this placement rules out, which would show at the first push only."""
     learner, engine = wanted.get("learner", 0.0), gpus_wanted("rollout-0", config)
-    if together or not learner or not engine:
+    if config.one_process or not learner or not engine:
         return
     kind = config.rollout.weight_transport
     if kind == "ipc" and learner + engine > 1:
