@@ -28,6 +28,7 @@ from grpo.dispatch import Request, collect, dispatch, room_for
 from grpo.placement import assign_gpus
 from grpo.prepare import model_spec
 from grpo.records import PackedBatch, StepStats
+from model.fp8.modules import load_kernels
 from rewards import RewardInput, Score
 from rollout import Completion, SamplingParams
 
@@ -309,10 +310,12 @@ def start_ray(address: str) -> Any:
 
 
 def check_gpus(config: Config) -> None:
-    """Raises ConfigError, before any long work, where a run asks for more GPUs than are there."""
+    """Raises ValueError, before any long work, where a run asks for more GPUs than are there, or for others."""
     address = config.run.cluster
     if address == "inline" or (address == "ray" and "RAY_ADDRESS" not in os.environ):
         nodes = [float(torch.cuda.device_count())]
+        if config.model.fp8 == "on":
+            load_kernels(config.model.fp8_recipe)
     else:
         ray = start_ray(address)
         try:

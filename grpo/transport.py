@@ -185,8 +185,12 @@ class Broadcast(Transport):
         self._leave()
 
     def _leave(self) -> None:
+        group = getattr(self, "group", None)
+        if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
+            group.abort()  # else it waits, as it goes, for what a dead engine left unfinished
         self.group: Any = None
         self.epoch = -1  # number of the group; -1: in none
+        self.members: tuple[str, Readers] | None = None  # of the learner's group, and its backend
 
     def post(self, plan: Sequence[Bucket], pairs: Pairs, readers: Readers = ("",)) -> list[Bucket]:
         if self.store is None:
@@ -205,12 +209,14 @@ class Broadcast(Transport):
         key = f"push {meeting.number}"
         try:
             held = {int(self.store.get(f"{key} {reader}")) for reader in meeting.readers}
-            keep = self.group is not None and held == {self.epoch}
+            members = meeting.backend, meeting.readers
+            keep = self.members == members and held == {self.epoch}
             epoch = self.epoch if keep else next(self.epochs)
             self.store.set(f"{key} group", str(epoch))
             if not keep:
                 self._leave()
                 self.group, self.epoch = self._build(meeting, epoch, 0), epoch
+                self.members = members
             for flat in flats(posted, pairs):
                 self._broadcast(flat)
         except RuntimeError:  # torch.distributed's errors

@@ -47,7 +47,7 @@ def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = N
     if not any(isinstance(module, MultiheadLatentAttention) for module in model.modules()):
         raise ValueError(f"model.fp8 is {mode!r}, but {type(model).__name__} is no DeepSeek-V3 model; set it to off")
     _watch_optimizers()
-    ops = ops or (reference if mode == "emulate" else _kernels(recipe))
+    ops = ops or (reference if mode == "emulate" else load_kernels(recipe))
     # not inside what was replaced: an MLP computes with its linear layers' parameters itself
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -78,7 +78,8 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(stepped)
 
 
-def _kernels(recipe: str) -> ModuleType:
+def load_kernels(recipe: str) -> ModuleType:
+    """model/fp8/kernels.py. Raises ValueError where this recipe has none, or they cannot run here."""
     if recipe == "mxfp8":
         raise ValueError("model.fp8_recipe is 'mxfp8', which is emulated only; set model.fp8 to emulate")
     try:

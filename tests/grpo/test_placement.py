@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from grpo import GRPOTrainer
 from grpo import roles as roles_module
 from grpo.cluster import Cluster, roles_of
 from grpo.config import Config, ConfigError, load_config
@@ -91,10 +92,14 @@ def test_roles_of_one_process_share(run: dict[str, str]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_the_device_of_a_machine_without_gpus() -> None:
+def test_the_device_of_a_machine_without_gpus(tmp_path: Path) -> None:
     assert compute_device("auto") == compute_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="torch sees no GPU here"):
         compute_device("cuda")
+    run = {"cluster": "inline", "output_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=r"model\.fp8 is 'on'.*set it to emulate"):
+        GRPOTrainer({"run": run, "model": {"fp8": "on", "init": str(ROOT / "configs" / "tiny_v3.yaml")}}).train()
+    assert not list(tmp_path.iterdir())  # before anything was made
 
 
 def test_a_model_too_large_for_the_learner_is_refused() -> None:

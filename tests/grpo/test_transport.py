@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,12 +49,19 @@ def ends(name: str, directory: str) -> dict[str, Transport]:
 
 
 def engine(name: str, directory: str, calls: Any, answers: Any) -> None:
-    """Fetches what it is told to, holds the bits against its own and says what happened."""
+    """Fetches what it is told to, holds the bits against its own and says what happened. Version -1: dies with half."""
     torch.set_num_threads(1)
-    transports = ends(name, directory)
+    transports, own_gpu = ends(name, directory), 1 + ENGINES.index(name)
     answers.put((name, "ready"))
     while (call := calls.get()) is not None:
         kind, received, version, changed = call
+        if kind == "broadcast" and torch.cuda.device_count() > own_gpu:  # NCCL takes each GPU once
+            torch.cuda.set_device(own_gpu)
+        if version == -1:
+            transports[kind].fetch(received[0])
+            answers.put((name, "fetched one"))
+            time.sleep(0.2)  # the queue's thread has to write
+            os.kill(os.getpid(), signal.SIGKILL)
         try:
             got = unpack(received, version, transports[kind].fetch)
             names = {name for name, _ in got}
@@ -193,6 +202,39 @@ def test_processes_share_memory_of_a_gpu(cast: Cast) -> None:
         assert cast.push(version, device="cuda") == everyone(8)
     for kind, text in cast.push(3, device="cuda", damaged="m.4.weight").values():
         assert kind == "ValueError" and "m.4.weight of version 3 was damaged" in text
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each process")
+@pytest.mark.parametrize("cast", ["broadcast"], indirect=True)
+def test_a_broadcast_from_gpu_to_gpu(cast: Cast) -> None:
+    engines = ENGINES[: torch.cuda.device_count() - 1]
+    want = {name: [True, 8] for name in engines}
+    for version in (1, 2):
+        assert cast.push(version, device="cuda", engines=engines) == want
+    for kind, text in cast.push(3, device="cuda", engines=engines, damaged="m.4.weight").values():
+        assert kind == "ValueError" and "m.4.weight of version 3 was damaged" in text
+    assert cast.push(4, device="cuda", engines=engines) == want
+
+
+@pytest.mark.parametrize("cast", ["broadcast"], indirect=True)
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
+)
+def test_an_engine_that_dies_in_the_middle_of_a_broadcast_ends_it(cast: Cast, device: str) -> None:
+    """For the learner as well: it is neither killed with it nor does it wait for ever."""
+    assert cast.push(1, device=device, engines=ENGINES[:1]) == {"rollout-0": [True, 8]}
+    pairs = [(name, tensor.to(device)) for name, tensor in weights(2)]
+    made = cast.transport.post(Outbox().plan(pairs, 2, max_bytes=2000), pairs, ENGINES[:1])
+    assert len(made) > 2
+    cast.calls["rollout-0"].put((cast.kind, made, -1, ""))
+    start = time.monotonic()
+    cast.transport.send(made, pairs)
+    assert cast.answers["rollout-0"].get(timeout=20) == ("rollout-0", "fetched one")
+    cast.processes["rollout-0"].join(20)
+    assert time.monotonic() - start < 20
+    cast.start("rollout-0")
+    assert cast.push(3, device=device, engines=ENGINES[:1]) == {"rollout-0": [True, 8]}
 
 
 @pytest.mark.parametrize("cast", ["broadcast"], indirect=True)
