@@ -18,14 +18,10 @@ from safetensors import safe_open
 from model.fp8.published import in_blocks
 from model.fp8.quantize import BLOCK
 from model.names import stored_in_fp8
+from rollout.vllm_proof import parts
 
 SERIALIZED = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
 METHODS = ("Fp8LinearMethod", "Fp8MoEMethod")  # of layers whose codes come with the weights
-FUSED = {
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-}
 
 
 def engine_options(options: Mapping[str, Any], published: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
@@ -71,16 +67,13 @@ def names(model: torch.nn.Module, published: Collection[str]) -> set[str]:
     return found
 
 
-def parts(name: str, published: Collection[str]) -> list[str]:
-    """The published weights that lie one below the other in a linear layer of vLLM; [] where they are not there."""
-    stem, _, leaf = name.rpartition(".")
-    whole = [f"{name}.weight"]
-    split = [f"{stem}.{part}.weight" for part in FUSED.get(leaf, (leaf,))]
-    return next((found for found in (whole, split) if all(part in published for part in found)), [])
-
-
-def read(directory: Path, in_fp8: Collection[str], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a directory that has no FP8, one at a time, in the form that the engine takes."""
+def read(
+    directory: Path, in_fp8: Collection[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a directory that has no FP8, one at a time, as an engine takes them. What it has in FP8 is cast
+    from `dtype`, as by a learner that reads the directory in that dtype."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            yield from in_blocks(((key, file.get_tensor(key).to(device)) for key in file.keys()), in_fp8)  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key).to(device)
+                yield from in_blocks([(key, tensor.to(dtype) if key in in_fp8 else tensor)], in_fp8)

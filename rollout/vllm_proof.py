@@ -13,7 +13,7 @@ more, between their products; there a number near the edge of two codes may take
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from model.fp8.forms import Recipe
 from model.fp8.quantize import BLOCK, dequantize_blocks
 from model.fp8.reference import dequantize_rows, quantize_rows
 from model.names import SCALE_SUFFIX
-from rollout import vllm_fp8
 
 TILE = BLOCK[1]  # numbers of an activation that share a scale
 ROWS = 8  # random rows of a probe
@@ -33,6 +32,11 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 EXACT = 3e-4  # of FP8 products whose operands are known, over |row| |weight row|: tensor cores keep 14 bits of a sum
 EXPERTS = 16  # whose codes are multiplied out at a time
 EDGES = 0.1  # the same of experts, over sqrt(I) more
+FUSED = {
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+}
 # kernels and backends of vLLM's: these repack what they get, and of experts only these take it as it is published
 REPACKED = ("MarlinFP8ScaledMMLinearKernel", "HummingFP8ScaledMMLinearKernel", "CPUFp8BlockScaledMMKernel")
 PLAIN = ("TRITON", "BATCHED_TRITON", "DEEPGEMM", "BATCHED_DEEPGEMM")
@@ -135,7 +139,7 @@ def _off(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor, tolerance: f
 
 
 def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
-    names = vllm_fp8.parts(name, pushed)
+    names = parts(name, pushed)
     if not names:
         return
     device, known = module.weight.device, pushed[names[0]].dtype.itemsize == 1
@@ -157,6 +161,14 @@ def _linear(name: str, module: Any, pushed: Pushed) -> Iterator[Check]:
         bias = f"{part.removesuffix('weight')}bias"
         if bias in pushed:
             yield from _bytes(bias, module.bias[rows], pushed)
+
+
+def parts(name: str, published: Collection[str]) -> list[str]:
+    """The published weights that lie one below the other in a linear layer of vLLM; [] where they are not there."""
+    stem, _, leaf = name.rpartition(".")
+    whole = [f"{name}.weight"]
+    split = [f"{stem}.{part}.weight" for part in FUSED.get(leaf, (leaf,))]
+    return next((found for found in (whole, split) if all(part in published for part in found)), [])
 
 
 def _probe_dtype(module: Any, weight: torch.Tensor) -> torch.dtype:

@@ -58,7 +58,7 @@ class WorkerExtension:
 
     def load_directory(self, directory: str, in_fp8: frozenset[str]) -> None:
         """The same with what a directory holds, which is read anew for each model."""
-        self._load(lambda: vllm_fp8.read(Path(directory), in_fp8, self.device))
+        self._load(lambda: vllm_fp8.read(Path(directory), in_fp8, self.device, self.model_config.dtype))
 
     def _load(self, weights: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
         with _packed_anew(self.model_runner.get_model()):
