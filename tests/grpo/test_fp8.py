@@ -13,7 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from grpo import GRPOTrainer
+from grpo import GRPOTrainer, roles
+from grpo.cluster import Cluster
 from grpo.config import ConfigError, GRPOConfig, load_config
 from grpo.evaluate import evaluate_policy
 from grpo.learner import Learner
@@ -24,7 +25,7 @@ from grpo.stages import run_sft
 from model import DeepseekV3ForCausalLM
 from model.create import create_model
 from model.fp8.modules import Fp8Experts, Fp8Layer, kept_in_fp32, to_fp8
-from model.names import hf_state, load_hf_state, stored_in_fp8
+from model.names import SCALE_SUFFIX, hf_state, load_hf_state, stored_in_fp8
 from rollout import SamplingParams, build_engine
 from tests.resume import check_resume
 from tests.samples import batches
@@ -236,3 +237,45 @@ def test_bad_settings(tmp_path: Path, model: dict[str, Any], message: str) -> No
     with pytest.raises(ConfigError) as err:
         load_config(settings(tmp_path, **model))
     assert message in str(err.value) and "\n" not in str(err.value)
+
+
+class Fp8Engine:
+    """Keeps what it is sent; has some matrices in FP8."""
+
+    policy_version = 0
+
+    def __init__(self, fp8_names: frozenset[str]) -> None:
+        self.fp8_names, self.held = fp8_names, dict[str, torch.Tensor]()
+
+    def load_weights(self, weights: Any, version: int, base: int | None = None) -> None:
+        self.held |= {name: tensor.clone() for name, tensor in weights}
+        self.policy_version = version
+
+
+@pytest.mark.parametrize("transport", ["in_process", "object_store", "disk"])
+def test_an_engine_in_fp8_is_sent_codes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """Half the bytes, whatever takes them there, and of a later version only the codes that moved."""
+    learner = Learner(tiny, GRPOConfig(), dtype="bfloat16", fp8="emulate")
+    experts = {n for n, _ in hf_state(learner.policy.model) if re.search(r"layers\.[12]\.mlp\.experts\.\d.down", n)}
+    engine = Fp8Engine(frozenset(experts))
+    monkeypatch.setattr(roles, "build_engine", lambda *_, **__: engine)
+    content = settings(tmp_path, init=None, path=str(tiny), dtype="bfloat16")
+    content["rollout"] |= {"engine": "vllm", "weight_check": "off"}
+    config = load_config(content)
+    made = config.rollout.model_copy(update={"weight_transport": transport})
+    with Cluster(config.model_copy(update={"rollout": made}), tiny, tiny) as cluster:
+        metrics = cluster.sync_weights(0)
+        assert metrics["sync/fp8_bytes"] == sum(engine.held[name].numel() for name in experts) > 0
+        assert metrics["sync/bytes"] == sum(tensor.nbytes for tensor in engine.held.values())
+        policy: Any = cluster.backend.roles["learner"].policy  # type: ignore[attr-defined]
+        weight = policy.model.model.layers[1].mlp.experts
+        codes = weight.codes("down", weight.down_proj)
+        for e in range(len(codes.codes)):
+            name = f"model.layers.1.mlp.experts.{e}.down_proj.weight"
+            assert torch.equal(engine.held[name].view(torch.uint8), codes.codes[e].view(torch.uint8))
+            assert torch.equal(engine.held[name + SCALE_SUFFIX], codes.scales[e])
+        with torch.no_grad():  # too little for any code, but for the scale of the block that it is the largest of
+            weight.down_proj.view(-1)[weight.down_proj.abs().argmax()].mul_(1 + 1e-5)
+        assert cluster.sync_weights(0)["sync/fp8_bytes"] == codes.codes.numel()  # the experts of one layer
