@@ -233,10 +233,9 @@ class Learner:
     def _state(self, changes: bool) -> Iterable[tuple[str, torch.Tensor]]:
         """What travels; `changes`: after a version that the engines hold."""
         if self.adapter is None or not self.sends_adapter:
+            pairs = published_state(self.published, self.exact_sync)
             if self.fp8 and not self.exact_sync:
                 pairs = computed_state(self.policy.model, self.engine_fp8)
-            else:
-                pairs = published_state(self.published, self.exact_sync)
             return in_blocks(pairs, self.engine_fp8)
         if changes:
             return self.adapter.tensors().items()  # a base of many GB need not be digested to know that

@@ -57,7 +57,7 @@ def names(model: torch.nn.Module, published: Collection[str]) -> set[str]:
     modules: Any = model.named_modules()
     for name, module in modules:
         layer = getattr(module, "routed_experts", module)
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if type(method).__name__ not in METHODS or list(method.weight_block_size or ()) != list(BLOCK):
             continue
         if layer is not module:

@@ -34,9 +34,8 @@ def test_an_fp8_engine_gets_the_codes_that_layers_multiply_by(model: DeepseekV3F
     in_fp8 = names(model)
     held = dict(computed_state(model, in_fp8))
     assert set(held) == {name for name, _ in hf_state(model)} | {name + SCALE_SUFFIX for name in in_fp8}
-    attention: Any = model.model.layers[1].self_attn
-    experts: Any = model.model.layers[1].mlp.experts
-    shared: Any = model.model.layers[1].mlp.shared_experts
+    layer: Any = model.model.layers[1]
+    attention, experts, shared = layer.self_attn, layer.mlp.experts, layer.mlp.shared_experts
     stem = "model.layers.1.mlp"
 
     def value(name: str) -> torch.Tensor:
