@@ -31,8 +31,7 @@ from grpo.router import router_metrics
 from grpo.transport import ObjectStore, Transport
 from grpo.weight_sync import Bucket, Canary, Outbox
 from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
-from model.fp8.modules import Mode as Fp8Mode
-from model.fp8.modules import kept_in_fp32, to_fp8, unquantized
+from model.fp8.modules import Mode, kept_in_fp32, to_fp8, unquantized
 from model.fp8.published import computed_state, in_blocks
 from model.lora import FOLDER, LoraAdapter, MergedModel
 from model.modeling import DeepseekV3PreTrainedModel
@@ -57,7 +56,7 @@ class Learner:
         transport: Transport | None = None,
         delta_sync: bool = True,
         device: torch.device | str = "cpu",
-        fp8: Fp8Mode = "off",
+        fp8: Mode = "off",
         fp8_recipe: str = "blockwise",
         exact_sync: bool = False,
     ) -> None:
@@ -273,9 +272,7 @@ class Learner:
     @torch.no_grad()
     def canary(self, routed_experts: Sequence[np.ndarray] | None = None) -> Canary:
         """Four prompts of random tokens, always the same, and this policy's log-probabilities of them, with these
-        experts # [tokens, MoE layers, K] of each prompt where they are given.
-
-        As engines compute: where they have matrices in FP8 they cast activations too, elsewhere they do not.
+        experts # [tokens, MoE layers, K] of each where given; activations are cast where engines have FP8 matrices.
         """
         config = self.policy.model.config
         generator = torch.Generator().manual_seed(0)
