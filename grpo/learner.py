@@ -30,6 +30,7 @@ from grpo.records import PackedBatch, StepStats, TrainingSample
 from grpo.router import router_metrics
 from grpo.transport import ObjectStore, Transport
 from grpo.weight_sync import Bucket, Canary, Outbox
+from model.config import DeepseekV3Config
 from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
 from model.fp8.modules import Mode, kept_in_fp32, to_fp8, unquantized
 from model.fp8.published import computed_state, in_blocks
@@ -69,7 +70,7 @@ class Learner:
         that make the same codes of it. Raises ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
-        self.fp8, self.exact_sync = fp8 != "off", exact_sync
+        self.exact_sync = exact_sync
         self.engine_fp8: frozenset[str] = frozenset()  # published names of what engines have in FP8
         if model is None:
             model = load_model(model_dir, getattr(torch, dtype), device)
@@ -232,10 +233,9 @@ class Learner:
     def _state(self, changes: bool) -> Iterable[tuple[str, torch.Tensor]]:
         """What travels; `changes`: after a version that the engines hold."""
         if self.adapter is None or not self.sends_adapter:
-            pairs = published_state(self.published, self.exact_sync)
-            if self.fp8 and not self.exact_sync:
-                pairs = computed_state(self.policy.model, self.engine_fp8)
-            return in_blocks(pairs, self.engine_fp8)
+            if isinstance(self.published.config, DeepseekV3Config) and not self.exact_sync:
+                return computed_state(self.published, self.engine_fp8)
+            return in_blocks(published_state(self.published, self.exact_sync), self.engine_fp8)
         if changes:
             return self.adapter.tensors().items()  # a base of many GB need not be digested to know that
         return self.adapter.unmerged()

@@ -15,44 +15,50 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.config import DeepseekV3Config
 from model.fp8 import reference
 from model.fp8.forms import Recipe, Weight
 from model.fp8.modules import Fp8Layer
 from model.fp8.quantize import BLOCK, scale_shape
 from model.names import SCALE_SUFFIX, to_hf
 
-BLOCKWISE = Recipe()
-
 
 def computed_state(model: Any, in_fp8: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Every (published name, tensor) of a DeepSeek-V3 model; codes and scales of what is `in_fp8` and cast already."""
+    """Every (published name, tensor) of a DeepSeek-V3 model, or of a MergedModel (model.lora) around one; codes and
+    scales of what is `in_fp8`. Stacked experts are cast as one.
+    """
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
     layers = {
         f"{prefix}.{leaf}": (module, *part)
-        for prefix, module in model.named_modules()
+        for prefix, module in modules
         if isinstance(module, Fp8Layer)
         for leaf, part in module.parts().items()
     }
     for name, tensor in model.state_dict().items():
-        if name not in layers:
-            yield from to_hf(name, tensor.detach(), model.config)
-            continue
-        layer, key, parameters, rows = layers[name]
+        tensor, layer, blocks = tensor.detach(), layers.get(name), None
         published = next(to_hf(name, tensor, model.config))[0]  # an engine has all experts of a layer in FP8, or none
-        if published not in in_fp8:
-            values = layer.values(key, *parameters)[:, rows]
+        if published in in_fp8:
+            if layer is not None:
+                blocks = _blocks(layer[0].recipe, layer[0].codes(layer[1], *layer[2]), layer[3])
+            yield from _coded(name, *(blocks or _cast(tensor)), tensor.dim(), model.config)
+        elif layer is not None:
+            values = layer[0].values(layer[1], *layer[2])[:, layer[3]]
             yield from to_hf(name, values if tensor.dim() == 3 else values[0], model.config)
-        elif blocks := _blocks(layer.recipe, layer.codes(key, *parameters), rows):
-            codes, scales = (part if tensor.dim() == 3 else part[0] for part in blocks)
-            for (hf_name, code), (_, scale) in zip(
-                to_hf(name, codes, model.config), to_hf(name, scales, model.config), strict=True
-            ):
-                assert scale.shape == scale_shape(code.shape), f"{hf_name} {code.shape=} {scale.shape=}"
-                yield hf_name, code
-                yield hf_name + SCALE_SUFFIX, scale
         else:
-            yield from to_hf(name, tensor.detach(), model.config)
+            yield from to_hf(name, tensor, model.config)
+
+
+def _coded(
+    name: str, codes: Tensor, scales: Tensor, dims: int, config: DeepseekV3Config
+) -> Iterator[tuple[str, Tensor]]:
+    """The published pairs of codes # [E, N, K] and scales of an in-memory tensor that has so many dimensions."""
+    both = (part if dims == 3 else part[0] for part in (codes, scales))
+    for (hf_name, code), (_, scale) in zip(*(to_hf(name, part, config) for part in both), strict=True):
+        assert scale.shape == scale_shape(code.shape), f"{hf_name} {code.shape=} {scale.shape=}"
+        yield hf_name, code
+        yield hf_name + SCALE_SUFFIX, scale
 
 
 def _blocks(recipe: Recipe, weight: Weight, rows: slice) -> tuple[Tensor, Tensor] | None:
@@ -64,14 +70,20 @@ def _blocks(recipe: Recipe, weight: Weight, rows: slice) -> tuple[Tensor, Tensor
 
 
 def in_blocks(pairs: Iterable[tuple[str, Tensor]], in_fp8: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """The pairs with what is `in_fp8` as codes and scales: those that come so already, and others cast here."""
+    """The published pairs of any model, one at a time, with what is `in_fp8` as codes and scales."""
     for name, tensor in pairs:
         if name not in in_fp8 or tensor.dtype.itemsize == 1:
             yield name, tensor
             continue
-        weight = _quantizer(tensor.device)(tensor.detach()[None], BLOCKWISE)
-        yield name, weight.codes[0]
-        yield name + SCALE_SUFFIX, weight.scales[0]
+        codes, scales = _cast(tensor.detach())
+        yield name, codes[0]
+        yield name + SCALE_SUFFIX, scales[0]
+
+
+def _cast(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """[E, N, K] or [N, K] -> codes # [E, N, K], scales."""
+    stacked = tensor if tensor.dim() == 3 else tensor[None]
+    return _quantizer(tensor.device)(stacked, Recipe())[:2]
 
 
 @cache
