@@ -1,11 +1,13 @@
 """Claim: learner and vLLM engine share one GPU: GRPO steps on a Moonlight-shaped model (16B, an adapter on all its
 matrices), with routes replayed, all weights pushed and proved after each step, and the engine asleep while it learns.
 
-    python -m benchmarks.vllm_grpo [--layers 27] [--steps 3] [--engines bfloat16,fp8] [--out DIR]
+    python -m benchmarks.vllm_grpo [--layers 27] [--steps 3] [--engines bfloat16,fp8,fp8_learner] [--out DIR]
     python -m benchmarks.vllm_grpo --tiny            # the same on a CPU with a tiny model, without sleep
 
 Random weights, drawn where the learner computes; the engine gets its own by the first push. Each engine runs in a
-process of its own, which writes what it has measured after every stage to DIR.
+process of its own, which writes what it has measured after every stage to DIR. fp8: an engine in FP8, which gets codes
+and scales that the BF16 learner casts once; fp8_learner: the same with a learner in FP8 (model.fp8 on), whose bytes
+those are, and which trains all weights of a model of 4 layers at most.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ TINY = {
     "max_position_embeddings": 256,
 }
 KEPT = (
-    "step_time", "time/rollout", "time/learner", "time/sync", "time/weight_check", "sync/bytes", "num_tokens",
+    "step_time", "time/rollout", "time/learner", "time/sync", "time/weight_check", "sync/bytes",
+    "sync/fp8_bytes", "num_tokens",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "sampling/routes_differ",
     "memory/rollout_gib", "memory/released_gib", "memory/learner_gib", "reward", "grad_norm", "loss",
 )  # fmt: skip
@@ -93,15 +96,16 @@ def configuration(folder: Path, engine: str, steps: int, length: int, tiny: bool
     options |= {"kv_cache_gb": 0.05} if tiny else {"kv_cache_gb": 8.0, "gpu_memory_utilization": 0.5}
     if not tiny:
         options["hf_overrides"] = {"moe_router_dtype": "float32"}  # as the learner's; no fewer routes differ by it
-    if engine == "fp8":
+    if engine.startswith("fp8"):
         options["quantization"] = "fp8_per_block"
+    lora = {"r": 8, "lora_alpha": 16}
+    trained = {"fp8": "on"} if engine == "fp8_learner" else {"gradient_checkpointing": True, "lora": lora}
     content = {
         "run": {"cluster": "inline", "output_dir": str(folder / engine), "threads": 1, "alarms": {}},
         "model": {
             "path": str(folder),
             "dtype": "float32" if tiny else "bfloat16",
-            "gradient_checkpointing": True,
-            "lora": {"r": 8, "lora_alpha": 16},
+            **trained,
         },
         "data": {"path": str(folder / "prompts.jsonl"), "holdout": 0.0},
         "rollout": {
@@ -117,7 +121,8 @@ def configuration(folder: Path, engine: str, steps: int, length: int, tiny: bool
             "max_steps": steps,
             "prompts_per_step": 4 if tiny else 32,
             "num_generations": 4 if tiny else 8,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-3 if "lora" in trained else 1e-6,
+            "adam_moment_dtype": "float32" if "lora" in trained else "bfloat16",
             "max_tokens_per_microbatch": 512 if tiny else 16384,
         },
     }
@@ -154,6 +159,18 @@ def gap(learner: Any, batch: PackedBatch, replay: bool) -> np.ndarray:
     return (learner.logprobs(given).cpu() - batch.rollout_logprobs).abs().numpy()
 
 
+def canary_gaps(learner: Any, engine: Any) -> dict[str, Any]:
+    """Of each canary prompt: mean and largest difference of log-probabilities, as the routers choose and with the
+    engine's choice of experts."""
+    canary = learner.canary()
+    got, routes = engine.read_prompts(canary.prompts)
+    found = {}
+    for name, want in (("without_replay", canary), ("with_replay", learner.canary(routes) if routes else canary)):
+        gaps = [np.abs(np.subtract(a, b)) for a, b in zip(got, want.logprobs, strict=True)]
+        found[name] = {"mean": [float(g.mean()) for g in gaps], "max": [float(g.max()) for g in gaps]}
+    return found
+
+
 def run_engine(folder: Path, engine: str, steps: int, length: int, tiny: bool, file: Path) -> None:
     config = configuration(folder, engine, steps, length, tiny)
     found: dict[str, Any] = {"engine": engine, "completion_tokens": length}
@@ -178,8 +195,9 @@ def run_engine(folder: Path, engine: str, steps: int, length: int, tiny: bool, f
         model = roles["learner"].policy.model
         note(
             start_seconds=time.perf_counter() - start,
-            parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-            adapter_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+            trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            matrices_in_fp8=len(roles["rollout-0"].fp8_names()),
             memory_after_start_gib=used_gib(),
             learner_device=str(roles["learner"].policy.device),
         )
@@ -191,6 +209,7 @@ def run_engine(folder: Path, engine: str, steps: int, length: int, tiny: bool, f
             note(first_push=timed_push(cluster, 0))
         cluster.synced = None  # everything again
         note(second_push=timed_push(cluster, 0))
+        note(canary_gaps=canary_gaps(roles["learner"], roles["rollout-0"].engine))
         cursor = PromptCursor(prepared.prompts, config.run.seed)
         run_dir = Path(config.run.output_dir)
         with RunLog(run_dir) as log, Progress(steps) as progress:
@@ -230,6 +249,7 @@ def summary(rows: Sequence[dict[str, Any]], gaps: Sequence[dict[str, Any]]) -> d
         "sync_seconds": mean("time/sync"),
         "proof_seconds": mean("time/weight_check"),
         "sync_bytes": mean("sync/bytes"),
+        "sync_fp8_bytes": mean("sync/fp8_bytes"),
         "gigabytes_per_second": float(np.mean([row["sync/bytes"] / row["time/sync"] / 1e9 for row in rows])),
         "rollout_tokens_per_second": float(np.mean([row["num_tokens"] / row["time/rollout"] for row in rows])),
         "routes_differ": mean("sampling/routes_differ"),
@@ -246,23 +266,27 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--length", type=int, default=256, help="tokens of a completion")
-    parser.add_argument("--engines", default="bfloat16,fp8")
+    parser.add_argument("--engines", default="bfloat16,fp8,fp8_learner")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds an engine's process may take")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", default="")
     parser.add_argument("--one", default="", help="an engine, in this process: what the others call")
     args = parser.parse_args()
     if args.one:
-        run_engine(Path(args.out), args.one, args.steps, args.length, args.tiny, Path(args.out) / f"{args.one}.json")
+        out = Path(args.out)
+        folder = out / f"{args.one}_model"
+        folder.mkdir(exist_ok=True)
+        write_model(folder, min(args.layers, 4) if args.one == "fp8_learner" else args.layers, args.tiny)
+        run_engine(folder, args.one, args.steps, args.length, args.tiny, out / f"{args.one}.json")
         return
     before, engines = machine(), ["bfloat16"] if args.tiny else args.engines.split(",")
     with tempfile.TemporaryDirectory() as made:
         out = Path(args.out or made)
         out.mkdir(parents=True, exist_ok=True)
-        write_model(out, args.layers, args.tiny)
         results: dict[str, Any] = {"layers": args.layers, "versions": versions("vllm", "torch", "triton", "peft")}
         for engine in engines:
             command = [sys.executable, "-m", "benchmarks.vllm_grpo", "--one", engine, "--out", str(out)]
+            command += ["--layers", str(args.layers)]
             command += ["--steps", str(args.steps), "--length", str(args.length), *(["--tiny"] if args.tiny else [])]
             try:
                 done = subprocess.run(command, cwd=ROOT, timeout=args.timeout).returncode

@@ -4,7 +4,8 @@ most 1.15 times the bare `reload_weights` of the same run.
     python -m benchmarks.vllm_sync [--layers 27] [--fp8] [--rounds 5]
 
 Random weights, colocated: the pushed tensors lie on the same GPU. Needs vLLM (0.26 with torch 2.11) and 100 GB of GPU
-memory for all 27 layers. --fp8: the engine quantises what is pushed by blocks (quantization fp8_per_block).
+memory for all 27 layers. --fp8: the engine has FP8 in blocks (quantization fp8_per_block) and gets codes and scales; a
+push of BF16 weights then begins with their cast, whose time is counted, and one of a learner in FP8 does not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from benchmarks.common import machine, quartiles, write_result
 from model import DeepseekV3Config, DeepseekV3ForCausalLM
+from model.fp8.published import in_blocks
 from model.names import hf_state
 from rollout import SamplingParams, WeightFault
 from rollout.vllm_engine import VllmEngine
@@ -100,11 +102,12 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(content))
         options: dict[str, Any] = {"load_format": "dummy", "gpu_memory_utilization": 0.42, "enforce_eager": True}
         if args.fp8:
-            options["quantization"] = "fp8_per_block"
+            options |= {"quantization": "fp8_per_block", "kv_cache_gb": 1.0}
         start = time.perf_counter()
         engine = VllmEngine(folder, dtype="bfloat16", max_num_seqs=64, max_model_len=2048, **options)
         started = time.perf_counter() - start
-        pushed = weights_of(DeepseekV3Config.from_pretrained(folder), seed=1)
+        drawn = weights_of(DeepseekV3Config.from_pretrained(folder), seed=1)
+    pushed = list(in_blocks(drawn, engine.fp8_names))
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in pushed)
 
     def bare() -> None:
@@ -114,19 +117,25 @@ def main() -> None:
         engine.load_weights(pushed, 1)
         engine.check_weights(pushed)
 
+    def cast() -> None:
+        for _ in in_blocks(drawn, engine.fp8_names):
+            pass
+
     bare()
     proved()
     rounds = [(seconds(bare, 1)["median"], seconds(proved, 1)["median"]) for _ in range(args.rounds)]
     plain, checked = (quartiles([pair[side] for pair in rounds]) for side in (0, 1))
     ratio = quartiles([with_proof / without for without, with_proof in rounds])
     prompts = [[7 * i + j for j in range(64)] for i in range(16)]
-    drawn = engine.generate(prompts, SamplingParams(max_tokens=32, seed=0, ignore_eos=True))
+    sampled = engine.generate(prompts, SamplingParams(max_tokens=32, seed=0, ignore_eos=True))
     planted = _planted(engine, pushed)
     results = {
         "layers": args.layers,
         "engine": "fp8_per_block" if args.fp8 else "bfloat16",
-        "parameters": sum(tensor.numel() for _, tensor in pushed),
+        "parameters": sum(tensor.numel() for _, tensor in drawn),
         "bytes": size,
+        "bytes_in_bfloat16": sum(tensor.numel() * tensor.element_size() for _, tensor in drawn),
+        "cast_seconds": seconds(cast, args.rounds) if args.fp8 else None,
         "start_seconds": started,
         "bare_reload_seconds": plain,
         "push_and_proof_seconds": checked,
@@ -134,7 +143,7 @@ def main() -> None:
         "gigabytes_per_second": size / checked["median"] / 1e9,
         "proof_alone_seconds": seconds(lambda: engine.check_weights(pushed), args.rounds),
         "planted_faults_found": planted,
-        "tokens_drawn_after": sum(len(c.token_ids) for group in drawn for c in group),
+        "tokens_drawn_after": sum(len(c.token_ids) for group in sampled for c in group),
         "gpu": torch.cuda.get_device_name(),
     }
     print(json.dumps(results, indent=1))
@@ -142,7 +151,7 @@ def main() -> None:
 
 
 def _planted(engine: VllmEngine, pushed: list[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """The proof against tensors of which two rows were swapped: what it says for each."""
+    """The proof against tensors of which two rows were swapped, one at a time: what it says for each."""
     found = {}
     for name in (
         "model.layers.1.mlp.experts.63.down_proj.weight",
@@ -150,7 +159,7 @@ def _planted(engine: VllmEngine, pushed: list[tuple[str, torch.Tensor]]) -> dict
         "model.layers.0.mlp.up_proj.weight",
         "lm_head.weight",
     ):
-        other = [(n, t[[1, 0, *range(2, len(t))]] if n == name else t) for n, t in pushed]
+        other = [(n, _swapped(t) if n == name else t) for n, t in pushed]
         try:
             engine.check_weights(other)
             found[name] = "not found"
@@ -158,6 +167,11 @@ def _planted(engine: VllmEngine, pushed: list[tuple[str, torch.Tensor]]) -> dict
             found[name] = str(fault)
         engine.whole = True
     return found
+
+
+def _swapped(tensor: torch.Tensor) -> torch.Tensor:
+    rows = torch.tensor([1, 0, *range(2, len(tensor))], device=tensor.device)
+    return tensor.view(torch.uint8)[rows].view(tensor.dtype) if tensor.dtype.itemsize == 1 else tensor[rows]
 
 
 if __name__ == "__main__":

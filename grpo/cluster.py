@@ -59,6 +59,8 @@ class Cluster:
         kind = Inline if config.run.cluster == "inline" else Remote
         self.backend: Backend = kind(config, roles, dirs)
         self.adapter_note = "" if config.model.lora is None else self._send_adapter()
+        if learner:
+            self.backend.call("learner", "send_fp8", self.backend.call(self.engines[0], "fp8_names").result()).result()
 
     def _send_adapter(self) -> str:
         """Settles whether the adapter travels as it is -> a line for the log."""
@@ -131,6 +133,8 @@ class Cluster:
             "time/weight_check": max(answer["check_seconds"] for answer in taken) + time.perf_counter() - start,
             "sync/bytes": float(taken[0]["bytes"]),
         }
+        if "fp8_bytes" in taken[0]:
+            metrics["sync/fp8_bytes"] = float(taken[0]["fp8_bytes"])
         if "drafted" in taken[0]:
             drafted, accepted = (sum(answer[key] for answer in taken) for key in ("drafted", "accepted"))
             metrics["rollout/draft_acceptance"] = accepted / max(drafted, 1.0)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from grpo.records import PackedBatch, StepStats, TrainingSample
 from grpo.router import router_metrics
 from grpo.transport import ObjectStore, Transport
 from grpo.weight_sync import Bucket, Canary, Outbox
+from model.config import DeepseekV3Config
 from model.family import AnyModel, fill_weights, load_model, published_state, save_weights
-from model.fp8.modules import Mode as Fp8Mode
-from model.fp8.modules import kept_in_fp32, to_fp8, unquantized
+from model.fp8.modules import Mode, kept_in_fp32, to_fp8, unquantized
+from model.fp8.published import computed_state, in_blocks
 from model.lora import FOLDER, LoraAdapter, MergedModel
 from model.modeling import DeepseekV3PreTrainedModel
 from rollout import Rerouted, WeightFault
@@ -55,7 +57,7 @@ class Learner:
         transport: Transport | None = None,
         delta_sync: bool = True,
         device: torch.device | str = "cpu",
-        fp8: Fp8Mode = "off",
+        fp8: Mode = "off",
         fp8_recipe: str = "blockwise",
         exact_sync: bool = False,
     ) -> None:
@@ -63,12 +65,13 @@ class Learner:
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
         engines are held against. `model`: what to train, where it is not the policy in model_dir. `transport`: takes
         the weights to the engines; None: object_store. `delta_sync`: see `weights`. `device`: where it computes.
-        `fp8`, `fp8_recipe`: see to_fp8; what is saved or travels is the parameters in `dtype`, not their codes.
-        `exact_sync`: what FP8 layers keep in FP32 travels so, for engines that make the same codes of it. Raises
-        ValueError for a bad directory.
+        `fp8`, `fp8_recipe`: see to_fp8; what is saved is the parameters in `dtype`, what travels is what layers
+        multiply by (model/fp8/published.py). `exact_sync`: what FP8 layers keep in FP32 travels so instead, for engines
+        that make the same codes of it. Raises ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
         self.exact_sync = exact_sync
+        self.engine_fp8: frozenset[str] = frozenset()  # published names of what engines have in FP8
         if model is None:
             model = load_model(model_dir, getattr(torch, dtype), device)
             to_fp8(model, fp8, fp8_recipe)
@@ -230,7 +233,9 @@ class Learner:
     def _state(self, changes: bool) -> Iterable[tuple[str, torch.Tensor]]:
         """What travels; `changes`: after a version that the engines hold."""
         if self.adapter is None or not self.sends_adapter:
-            return published_state(self.published, self.exact_sync)
+            if isinstance(self.published.config, DeepseekV3Config) and not self.exact_sync:
+                return computed_state(self.published, self.engine_fp8)
+            return in_blocks(published_state(self.published, self.exact_sync), self.engine_fp8)
         if changes:
             return self.adapter.tensors().items()  # a base of many GB need not be digested to know that
         return self.adapter.unmerged()
@@ -239,6 +244,10 @@ class Learner:
         """From now on the adapter travels as it is."""
         assert self.adapter is not None, "model.lora is not set"
         self.sends_adapter = True
+
+    def send_fp8(self, names: Collection[str]) -> None:
+        """From now on these travel as E4M3 codes and scales of 128 x 128 blocks."""
+        self.engine_fp8 = frozenset(names)
 
     def send_weights(self, posted: Sequence[Bucket]) -> None:
         """While engines load what `weights` gave: what their transport waits for."""
@@ -263,9 +272,7 @@ class Learner:
     @torch.no_grad()
     def canary(self, routed_experts: Sequence[np.ndarray] | None = None) -> Canary:
         """Four prompts of random tokens, always the same, and this policy's log-probabilities of them, with these
-        experts # [tokens, MoE layers, K] of each prompt where they are given.
-
-        Without FP8: they prove the weights that travel, which are not quantised.
+        experts # [tokens, MoE layers, K] of each where given; activations are cast where engines have FP8 matrices.
         """
         config = self.policy.model.config
         generator = torch.Generator().manual_seed(0)
@@ -278,7 +285,7 @@ class Learner:
         ]
         (batch,) = pack(samples, 1 << 30)
         batch = batch.to(self.policy.device)
-        with unquantized(self.policy.model):
+        with nullcontext() if self.engine_fp8 else unquantized(self.policy.model):
             hidden = self.policy.hidden(batch)[batch.source]
         logprobs = token_logprobs(hidden, self.policy.head_weight, batch.target)[0]
         return Canary(tuple(prompts), tuple(tuple(row) for row in logprobs.view(len(prompts), -1).tolist()))

@@ -18,7 +18,7 @@ from grpo.transport import build_transport
 from grpo.weight_sync import Bucket, unpack
 from rewards import RewardInput, Score, build_rewards
 from rollout import Completion, build_engine
-from rollout.engine import Adapted, Checked, Sleeping, Speculating
+from rollout.engine import Adapted, Checked, Quantized, Sleeping, Speculating
 
 
 class RolloutRole:
@@ -68,6 +68,10 @@ class RolloutRole:
             return "rollout.sleep_level 2 drops the weights that it would be added to"
         return self.engine.why_merged if isinstance(self.engine, Adapted) else "only vLLM adds them"
 
+    def fp8_names(self) -> frozenset[str]:
+        """Published names of what the engine takes as E4M3 codes and scales."""
+        return self.engine.fp8_names if isinstance(self.engine, Quantized) else frozenset()
+
     def collect(self, held: Held, begun: dict[int, Sequence[Completion]], enough: int) -> dict[int, list[Completion]]:
         """Samples `held`, each going on from `begun`, until `enough` groups are complete -> all of them, the others as
         far as they got. Nothing of them stays here.
@@ -102,8 +106,8 @@ class RolloutRole:
 
     def load_weights(self, buckets: Sequence[Bucket], version: int) -> dict[str, Any]:
         """Takes over a whole version, sent whole or as changes -> {"policy_version", "check_seconds", "bytes"},
-        "rerouted" canaries that the learner has to judge (or None), and "drafted" and "accepted" tokens since the last
-        time where the engine speculates.
+        "rerouted" canaries that the learner has to judge (or None), "fp8_bytes" of codes where the engine takes some,
+        and "drafted" and "accepted" tokens since the last time where it speculates.
 
         Raises ValueError if the buckets are not that version, WeightFault if the engine does not compute with them,
         ConnectionError if they stopped coming.
@@ -124,8 +128,13 @@ class RolloutRole:
             "check_seconds": time.perf_counter() - start,
             "rerouted": rerouted,
             "bytes": sum(bucket.nbytes for bucket in buckets),
+            **({"fp8_bytes": sum(map(_code_bytes, buckets))} if self.fp8_names() else {}),
             **(self.engine.speculated() if isinstance(self.engine, Speculating) else {}),
         }
+
+
+def _code_bytes(bucket: Bucket) -> int:
+    return sum(entry.nbytes for entry in bucket.entries if entry.dtype == "float8_e4m3fn")
 
 
 def _engine_options(config: Config) -> dict[str, Any]:

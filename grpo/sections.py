@@ -89,9 +89,9 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner and the embedded engine compute. auto: on a GPU where torch sees one."""
     fp8: Literal["off", "emulate", "on"] = "off"
-    """FP8 products in attention's linear layers, MLPs and experts, forward and backward (docs/fp8.md); parameters stay
-    in `dtype`. on: by kernels, on a GPU of compute capability 9.0 or higher; emulate: the same numbers in plain torch,
-    anywhere."""
+    """FP8 products in attention's linear layers, MLPs and experts, forward and backward, whose codes engines in FP8 get
+    (docs/fp8.md). on: by kernels, on a GPU of compute capability 9.0 or higher; emulate: the same numbers in plain
+    torch, anywhere."""
     fp8_recipe: Literal["blockwise", "blockwise_ue8m0", "mxfp8"] = "blockwise"
     """blockwise: DeepSeek-V3's, 1x128 tiles and 128x128 blocks with float32 scales; blockwise_ue8m0: with powers of
     two; mxfp8: tiles of 32 with powers of two, emulated only."""

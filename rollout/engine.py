@@ -97,6 +97,13 @@ class Adapted(Protocol):
     why_merged: str  # what keeps it from that; empty: nothing
 
 
+@runtime_checkable
+class Quantized(Protocol):
+    """An engine that may keep matrices in FP8, and then takes them so: codes, and scales of 128 x 128 blocks."""
+
+    fp8_names: frozenset[str]  # published names of those matrices
+
+
 def build_engine(model_or_dir: Any, engine: str = "embedded", **options: Any) -> Engine:
     """An engine over a model (model.family.AnyModel) or a HF directory.
 

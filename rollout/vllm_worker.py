@@ -6,12 +6,15 @@ vLLM mixes WorkerExtension into its Worker, so `self` has `model_runner`, `devic
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from rollout import vllm_fp8, vllm_lora, vllm_proof
 
 
 class WorkerExtension:
@@ -50,26 +53,36 @@ class WorkerExtension:
 
         Those of MTP layers go to the draft model, where there is one: the policy's loader leaves them out.
         """
+        self._load(lambda: iter(weights))
+        return len(weights)
+
+    def load_directory(self, directory: str, in_fp8: frozenset[str]) -> None:
+        """The same with what a directory holds, which is read anew for each model."""
+        self._load(lambda: vllm_fp8.read(Path(directory), in_fp8, self.device, self.model_config.dtype))
+
+    def _load(self, weights: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
         with _packed_anew(self.model_runner.get_model()):
-            self.reload_weights(weights_iterator=iter(weights))
+            self.reload_weights(weights_iterator=weights())
         if self.device.type == "cpu":
             self._repack_tied_head()
         draft, layers = self.model_runner.get_draft_model(), self._draft_layers()
-        drafted = [(name, tensor) for name, tensor in weights if name.startswith(layers)]
-        if draft is not None and drafted:
+        if draft is not None and (drafted := [pair for pair in weights() if pair[0].startswith(layers)]):
             self._load_draft(draft, drafted)
-        return len(weights)
+
+    def fp8_names(self, published: list[str]) -> set[str]:
+        """What of these the engine keeps in FP8, its draft model included."""
+        found = vllm_fp8.names(self.model_runner.get_model(), published)
+        if (draft := self.model_runner.get_draft_model()) is not None:
+            own = {vllm_proof.draft_name(name, self._draft_layers()): name for name in published}
+            found |= {own[name] for name in vllm_fp8.names(draft, own)}
+        return found
 
     def load_adapter(self, weights: list[tuple[str, torch.Tensor]], lora: dict[str, Any]) -> None:
         """Takes over an adapter under PEFT's names in place of the one before."""
-        from rollout import vllm_lora
-
         vllm_lora.load(self.model_runner, dict(weights), lora)
 
     def adapter_faults(self, weights: list[tuple[str, torch.Tensor]], scaling: float, limit: int = 8) -> list[str]:
         """The first `limit` lines of rollout.vllm_lora.faults for what was pushed."""
-        from rollout import vllm_lora
-
         with torch.inference_mode():
             return vllm_lora.faults(self.model_runner, dict(weights), scaling)[:limit]
 
@@ -107,13 +120,11 @@ class WorkerExtension:
 
     def faults(self, weights: list[tuple[str, torch.Tensor]], limit: int = 8) -> list[str]:
         """The first `limit` lines of rollout.vllm_proof.faults for what was pushed."""
-        from rollout.vllm_proof import draft_faults, faults
-
         pushed, draft = dict(weights), self.model_runner.get_draft_model()
         with torch.inference_mode():
-            found = faults(self.model_runner.get_model(), pushed)
+            found = vllm_proof.faults(self.model_runner.get_model(), pushed)
             if draft is not None:
-                found += draft_faults(draft, pushed, self._draft_layers())
+                found += vllm_proof.draft_faults(draft, pushed, self._draft_layers())
             return found[:limit]
 
     def _watch_truncation(self) -> None:

@@ -27,7 +27,7 @@ from model.attention import MultiheadLatentAttention
 from model.fp8 import reference
 from model.fp8.forms import MXFP8, Columns, Recipe, Rows, Weight
 from model.layers import MLP
-from model.moe import Experts, Routing, by_expert
+from model.moe import Experts, Routing, by_expert, gated_experts
 
 Mode = Literal["off", "emulate", "on"]
 RECIPES = {"blockwise": Recipe(), "blockwise_ue8m0": Recipe(ue8m0=True), "mxfp8": MXFP8}
@@ -92,7 +92,9 @@ def load_kernels(recipe: str) -> ModuleType:
 
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
-    """While it lasts the model computes without FP8, as an engine that was sent its parameters in its dtype."""
+    """While it lasts activations are not cast: the model multiplies by what its codes stand for, as an engine computes
+    that was sent those values (model/fp8/published.py).
+    """
     layers = [module for module in model.modules() if isinstance(module, Fp8Layer)]
     for layer in layers:
         layer.quantized = False
@@ -163,6 +165,10 @@ class Fp8Layer:
         """What the codes stand for, in the dtype of activations # [E, N, K]."""
         return reference.dequantize_weight(self.codes(name, *parameters)).to(self.dtype)
 
+    def parts(self) -> dict[str, tuple[str, tuple[Tensor, ...], slice]]:
+        """Of each of its parameters: the name and the parameters of the codes that hold it, and its rows in them."""
+        raise AssertionError(type(self))
+
     def cast(self, x: Tensor) -> Tensor:
         """x # [M, K] as the operand of a product, in its own dtype."""
         return reference.dequantize_rows(self.ops.quantize_rows(x, self.recipe)).to(x.dtype)
@@ -179,10 +185,13 @@ class Fp8Linear(Fp8Layer, nn.Linear):
         self.register_parameter("bias", None)
         self._set(ops, recipe, self.weight)
 
+    def parts(self) -> dict[str, tuple[str, tuple[Tensor, ...], slice]]:
+        return {"weight": ("weight", (self.weight,), slice(None))}
+
     def forward(self, x: Tensor) -> Tensor:
         """x # [M, in] -> # [M, out]."""
         if not self.quantized:
-            return F.linear(x, self.weight.to(x.dtype))
+            return F.linear(x, self.values("weight", self.weight)[0])
         codes = self.codes("weight", self.weight)
         if not torch.is_grad_enabled():
             return self.ops.grouped_linear(self.ops.quantize_rows(x, self.recipe), codes, None, x.dtype)
@@ -197,12 +206,21 @@ class Fp8MLP(Fp8Layer, MLP):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self._set(ops, recipe, self.down_proj.weight)
 
+    def parts(self) -> dict[str, tuple[str, tuple[Tensor, ...], slice]]:
+        first, inner = (self.gate_proj.weight, self.up_proj.weight), self.gate_proj.out_features
+        return {
+            "gate_proj.weight": ("gate_up", first, slice(inner)),
+            "up_proj.weight": ("gate_up", first, slice(inner, None)),
+            "down_proj.weight": ("down", (self.down_proj.weight,), slice(None)),
+        }
+
     def forward(self, x: Tensor) -> Tensor:
         """x # [M, d] -> # [M, d]."""
         first, down = (self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight
         if not self.quantized:
-            gate, up = (F.linear(x, weight.to(x.dtype)) for weight in first)
-            return F.linear(F.silu(gate) * up, down.to(x.dtype))
+            gate_up, down = computed_gated_weights(self)
+            gate, up = (F.linear(x, weight) for weight in gate_up.chunk(2))
+            return F.linear(F.silu(gate) * up, down)
         codes, ops, recipe = (self.codes("gate_up", *first), self.codes("down", down)), self.ops, self.recipe
         if torch.is_grad_enabled():
             return _MLP.apply(x, down, *first, codes, ops, recipe)
@@ -218,10 +236,16 @@ class Fp8Experts(Fp8Layer, Experts):
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
         self._set(ops, recipe, self.down_proj)
 
+    def parts(self) -> dict[str, tuple[str, tuple[Tensor, ...], slice]]:
+        return {
+            "gate_up_proj": ("gate_up", (self.gate_up_proj,), slice(None)),
+            "down_proj": ("down", (self.down_proj,), slice(None)),
+        }
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """See Experts."""
         if not self.quantized:
-            return super().forward(x, routing)
+            return gated_experts(x, routing, *computed_gated_weights(self))
         order, token, ends = by_expert(routing)
         weight = routing.weights.flatten().index_select(0, order)  # [T K]
         places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))

@@ -19,10 +19,11 @@ from model import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout
 from model.fp8 import reference
 from model.fp8.forms import Recipe
 from model.fp8.modules import RECIPES, Fp8Experts, Fp8Linear, Fp8MLP, to_fp8, unquantized
+from model.fp8.published import computed_state
 from model.layers import MLP
 from model.moe import Experts, Routing, expert_counts
 from model.mtp import mtp_loss
-from model.names import stored_in_fp8, to_hf
+from model.names import load_hf_state, stored_in_fp8, to_hf
 
 MakeModel = Callable[..., DeepseekV3ForCausalLM]
 FORMAT = 0.041  # relative error of one product, by the Frobenius norm
@@ -208,9 +209,11 @@ def test_whole_model(recipe: str, dtype: torch.dtype, make_model: MakeModel, tmp
         want_dtype = torch.float32 if stored_in_fp8(next(to_hf(name, parameter, model.config))[0]) else dtype
         assert parameter.grad is not None and parameter.grad.isfinite().all()
         assert parameter.dtype == parameter.grad.dtype == want_dtype, name
+    engine = copy.deepcopy(plain)
+    load_hf_state(engine, computed_state(model))
     with unquantized(model):
-        assert torch.equal(loss_of(model, ids), want)
-    assert torch.equal(loss_of(model, ids), got)
+        assert torch.equal(loss_of(model, ids), loss_of(engine, ids))
+    assert torch.equal(loss_of(model, ids), got) and not torch.equal(loss_of(engine, ids), want)
     for name, one in (("fp8", model), ("plain", plain)):
         one.save_pretrained(tmp_path / name)
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("fp8", "plain"))
