@@ -3,8 +3,8 @@
     python -m benchmarks.fp8_step [--layers N] [--steps 5] [--rounds 2]     # one Hopper GPU
     python -m benchmarks.fp8_step --tiny                                     # a tiny model on a CPU, FP8 emulated
 
-Both sides are `Learner.step` on the same random weights and the same packed rows: forward, GRPO loss, backward, clipping,
-AdamW with BF16 moments over FP32 masters, new BF16 weights or FP8 codes. As many of the 27 layers as fit both.
+Both sides are `Learner.step` on the same random weights and the same packed rows: forward, GRPO loss, backward,
+clipping, AdamW with BF16 moments over FP32 masters, new BF16 weights or FP8 codes. As many of the 27 layers as fit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import time
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,8 +111,11 @@ def build(config: DeepseekV3Config, side: str, tiny: bool, checkpointing: bool) 
     return Learner("", options, model=model, device=device, checkpointing=checkpointing)
 
 
-def measure(side: str, config: DeepseekV3Config, batches: list[PackedBatch], args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    side: str, config: DeepseekV3Config, batches: list[PackedBatch], args: argparse.Namespace
+) -> dict[str, Any]:
     cuda = not args.tiny
+    gc.collect()  # the other side's learner
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -141,15 +143,12 @@ def measure(side: str, config: DeepseekV3Config, batches: list[PackedBatch], arg
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     with torch.no_grad():
         result["nll"] = float(-torch.cat([learner.logprobs(b) for b in batches]).mean())
-    print(f"{side}: {result['seconds']} MFU {result['mfu']:.3f} peak {result.get('peak_gib')} GiB nll {result['nll']:.4f}")
+    print(
+        f"{side}: {result['seconds']} MFU {result['mfu']:.3f} peak {result.get('peak_gib')} GiB nll {result['nll']:.4f}"
+    )
     if args.profile:
-        try:
-            result["profile"] = profiled(learner, lambda: learner.step([batches]))
-            show(side, result["profile"])
-        except Exception:
-            traceback.print_exc()
-    del learner
-    gc.collect()
+        result["profile"] = profiled(learner, [batches])
+        show(side, result["profile"])
     return result
 
 
@@ -191,9 +190,10 @@ def main() -> None:
     if not args.layers:
         room = torch.cuda.mem_get_info()[0]
         args.layers = layers_that_fit(room, args.row)
+        count = tally(configuration(args.layers, False)).main.parameters
         print(
-            f"{args.layers} of 27 layers: {STATE_BYTES} bytes x {tally(configuration(args.layers, False)).main.parameters:,} "
-            f"parameters + {args.row} tokens x {args.layers} x {LAYER_BYTES:,} bytes + {RESERVE / 2**30:g} GiB = "
+            f"{args.layers} of 27 layers: {STATE_BYTES} bytes x {count:,} parameters "
+            f"+ {args.row} tokens x {args.layers} x {LAYER_BYTES:,} bytes + {RESERVE / 2**30:g} GiB = "
             f"{_bytes(args.layers, args.row) / 2**30:.1f} of {room / 2**30:.1f} GiB",
             flush=True,
         )
@@ -212,7 +212,9 @@ def main() -> None:
         results["amdahl"] = bounds(runs["bf16"][0]["profile"])
         print("Amdahl bound:", results["amdahl"])
     if {"bf16", "fp8"} <= runs.keys():
-        median = {side: float(np.median([s for run in found for s in run["all_seconds"]])) for side, found in runs.items()}
+        median = {
+            side: float(np.median([s for run in found for s in run["all_seconds"]])) for side, found in runs.items()
+        }
         results["fp8_over_bf16"] = median["bf16"] / median["fp8"]
         print(f"FP8 is {results['fp8_over_bf16']:.3f} times as fast as BF16", flush=True)
     claim = "A GRPO learner step of a Moonlight-shaped model is faster in FP8 than in BF16, in less memory."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import grpo.learner
 import model.attention
 from grpo.learner import Learner
+from grpo.records import PackedBatch
 from model.attention import MultiheadLatentAttention
 from model.fp8.modules import Fp8Layer
 from model.layers import MLP, RMSNorm
@@ -33,6 +34,7 @@ OTHER = "residuals, the rest"
 PRODUCT = re.compile(r"gemm|nvjet|cutlass|xmma|grouped_kernel|wgrad_kernel|aten::(_?grouped_)?(mm|bmm|addmm)", re.I)
 CAST = re.compile(r"_cast_kernel|_weight_kernel")
 KINDS = ("product", "cast", "other")
+NOT_KERNELS = (PREFIX, "Optimizer.", "ProfilerStep")  # ranges, which a trace of the GPU has as well
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def labelled(learner: Learner) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, call))
 
         for module in learner.policy.model.modules():
-            for name, child in module.named_children():
+            for child in module.children():
                 label = _label(module, child)
                 if label is not None:
                     around(child, "forward", label)
@@ -84,12 +86,12 @@ def _label(parent: nn.Module, child: nn.Module) -> str | None:
     return None
 
 
-def profiled(learner: Learner, step: Callable[[], Any]) -> dict[str, Any]:
-    """`parts`: milliseconds of a step by part and kind; `kernels`: the 25 that take most; `launches`."""
+def profiled(learner: Learner, minibatches: Sequence[Sequence[PackedBatch]]) -> dict[str, Any]:
+    """`parts`: milliseconds of a step by part and kind; `kernels`: the 60 that take most; `launches`."""
     cuda = learner.policy.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with labelled(learner), profile(activities=kinds) as prof:
-        step()
+        learner.step(minibatches)
         if cuda:
             torch.cuda.synchronize()
     return _by_part(list(prof.events() or []), cuda)
@@ -106,9 +108,8 @@ def _by_part(events: list[FunctionEvent], cuda: bool) -> dict[str, Any]:
     launches = 0
     for event in events:
         part = _range_of(event) or _part_of_backward(event, forward) or OTHER
-        # a range of ours shows up among the kernels too, as long as it is
-        found = [(k.name, k.duration) for k in event.kernels if not k.name.startswith((PREFIX, "Optimizer", "Profiler"))]
-        for name, duration in found if cuda else [(event.name, event.self_cpu_time_total)]:
+        ran = [(k.name, k.duration) for k in event.kernels if not k.name.startswith(NOT_KERNELS)]
+        for name, duration in ran if cuda else [(event.name, event.self_cpu_time_total)]:
             kind = "product" if PRODUCT.search(name) else "cast" if CAST.search(name) else "other"
             parts[part][kind] += duration / 1000
             entry = kernels[part, name[:90]]

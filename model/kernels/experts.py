@@ -24,7 +24,7 @@ def _combine_kernel(y, inverse, out, D, TOP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def combine(y: Tensor, inverse: Tensor) -> Tensor:
-    """y # [M, d], inverse # [T, K] int64 -> y[inverse].sum(1) # [T, d], summed in FP32 and rounded once. No gradient."""
+    """y # [M, d], inverse # [T, K] int64 -> y[inverse].sum(1) # [T, d], summed in FP32, rounded once. No gradient."""
     T, K = inverse.shape
     y, out = y.contiguous(), torch.empty(T, y.shape[1], dtype=y.dtype, device=y.device)
     if T:
@@ -121,7 +121,9 @@ def _backward(
     if M:
         block = min(BLOCK, triton.next_power_of_2(I))
         routed, d_routed = (gate, grad) if weight is None else (weight, d_weight)
-        _gated_backward_kernel[(M,)](gate, up, routed, grad, d_gate, d_up, d_routed, stride, I, weight is not None, block)
+        _gated_backward_kernel[(M,)](
+            gate, up, routed, grad, d_gate, d_up, d_routed, stride, I, weight is not None, block
+        )
     return d_weight
 
 

@@ -87,7 +87,10 @@ def test_rows_go_to_experts_and_back(dtype: torch.dtype) -> None:
     x, grad = normal(tokens, width, dtype=dtype).requires_grad_(), normal(tokens * top, width, dtype=dtype)
     rows = spread(x, token, places)
     assert torch.equal(rows, x[token])
-    near(torch.autograd.grad(rows, x, grad)[0], torch.zeros(tokens, width, device=DEVICE).index_add(0, token, grad.float()))
+    near(
+        torch.autograd.grad(rows, x, grad)[0],
+        torch.zeros(tokens, width, device=DEVICE).index_add(0, token, grad.float()),
+    )
     y, upstream = grad.detach().requires_grad_(), x.detach()
     total = collect(y, token, places)
     near(total, torch.zeros(tokens, width, device=DEVICE).index_add(0, token, y.detach().float()))
