@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from model import DeepseekV3Config, SequenceLayout
+from model.rope import RotaryTables, apply_rope
 
 pytest.importorskip("triton")
 GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -15,6 +19,7 @@ kernel = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the int
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 if GPU or INTERPRETED:
     from model.kernels.adamw import adamw_
+    from model.kernels.attention import Widths, attention_rows, restored
     from model.kernels.experts import collect, combine, gated, gated_rows, spread
     from model.kernels.logprobs import chosen_logprobs, logits_gradient_
 
@@ -117,3 +122,51 @@ def test_gated_activation(dtype: torch.dtype, width: int) -> None:
         near(found[0], wanted[0])
         if routed:
             torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@kernel
+@DTYPES
+@pytest.mark.parametrize("parent", [[-1, 0, 0, -1, -1], [-1] * 5])
+def test_attention_rows(dtype: torch.dtype, parent: list[int], make_config: Callable[..., DeepseekV3Config]) -> None:
+    """Rotation, rows and their gradients against the plain path; a shared prompt is in two rows, one is padded."""
+    config = make_config()
+    heads, nope, rope, value = 20, config.qk_nope_head_dim, config.qk_rope_head_dim, 16
+    widths = Widths(heads, nope, rope, value, 20)
+    lengths = [6, 3, 5, 40, 11]
+    layout = SequenceLayout.from_segments(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]), parent)
+    layout = layout.to(DEVICE)
+    tokens, index = len(layout), torch.cat([b.pad_index.flatten() for b in layout.buckets])
+    cos, sin = (table.contiguous() for table in RotaryTables(config)(layout.position_ids))
+    q, kv = normal(tokens, heads * (nope + rope), dtype=dtype), normal(tokens, heads * (nope + value), dtype=dtype)
+    latent = normal(tokens, 7 + rope, dtype=dtype)
+
+    def plain(q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor) -> list[torch.Tensor]:
+        q, kv = q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (heads, -1))
+        q = torch.cat((q[..., :nope], apply_rope(q[..., nope:], cos, sin)), -1)
+        k = torch.cat((kv[..., :nope], apply_rope(k_rope, cos, sin)[:, None].expand(-1, heads, -1)), -1)
+        return [x.index_select(0, index) for x in (q, k, F.pad(kv[..., nope:], (0, 20 - value)))]
+
+    def ours(q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor) -> list[torch.Tensor]:
+        return list(attention_rows(q, kv, k_rope, cos, sin, index, layout.uses, layout.use_starts, widths))
+
+    counts = torch.zeros(len(index), 1, 1, device=DEVICE).index_fill_(0, layout.uses, 1.0)  # padding has no gradient
+    upstream = [normal(len(index), heads, width).to(dtype) * counts.to(dtype) for width in (nope + rope,) * 2 + (20,)]
+    found = []
+    for side, exact in ((plain, torch.float32), (ours, dtype)):
+        inputs = [x.to(exact).requires_grad_() for x in (q, kv, latent)]
+        outputs = side(inputs[0], inputs[1], inputs[2][:, 7:])
+        found.append((outputs, torch.autograd.grad(outputs, inputs, [x.to(exact) for x in upstream])))
+    for got, want in zip([*found[1][0], *found[1][1]], [*found[0][0], *found[0][1]], strict=True):
+        assert got.dtype == dtype
+        near(got, want)
+
+
+@kernel
+@DTYPES
+def test_tokens_come_back_from_rows(dtype: torch.dtype) -> None:
+    rows, restore = normal(9, 3, 8, dtype=dtype).requires_grad_(), torch.tensor([8, 0, 3, 5], device=DEVICE)
+    got = restored(rows, restore, 6)
+    assert torch.equal(got, rows[restore, :, :6])
+    upstream = normal(4, 3, 6, dtype=dtype)
+    want = torch.autograd.grad(rows[restore, :, :6], rows, upstream)[0]
+    assert torch.equal(torch.autograd.grad(got, rows, upstream)[0], want)
