@@ -8,39 +8,54 @@ from __future__ import annotations
 
 import torch
 
+from model.kernels import usable
+
 CHUNK_LOGITS = 1 << 22  # logits held at a time, 16 MiB in float32
-CHUNK_LOGITS_ON_A_GPU = 1 << 26  # 256 MiB: enough rows that reading the head does not dominate
+CHUNK_LOGITS_ON_A_GPU = 1 << 29  # 1 GiB in bfloat16: enough rows that reading and writing the head does not dominate
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature):  # type: ignore[override]
-        rows = max(1, (CHUNK_LOGITS_ON_A_GPU if hidden.is_cuda else CHUNK_LOGITS) // weight.shape[0])
+        fused = usable(hidden)
+        rows = max(1, (CHUNK_LOGITS_ON_A_GPU if fused else CHUNK_LOGITS) // weight.shape[0])
         logprobs = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        entropy, norm = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
-            log_all = torch.log_softmax((hidden[part] @ weight.T).float() / temperature, dim=-1)  # [r, V]
+            logits = hidden[part] @ weight.T  # [r, V]
+            if fused:
+                from model.kernels.logprobs import chosen_logprobs
+
+                chosen_logprobs(logits, target[part], temperature, logprobs[part], entropy[part], norm[part])
+                continue
+            log_all = torch.log_softmax(logits.float() / temperature, dim=-1)  # [r, V]
             logprobs[part] = log_all.gather(1, target[part, None])[:, 0]
             entropy[part] = -(log_all.exp() * log_all).sum(-1)
-        ctx.save_for_backward(hidden, weight, target)
-        ctx.temperature, ctx.rows = temperature, rows
+        ctx.save_for_backward(hidden, weight, target, norm)
+        ctx.temperature, ctx.rows, ctx.fused = temperature, rows, fused
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, _):  # type: ignore[override]
-        hidden, weight, target = ctx.saved_tensors
+        hidden, weight, target, norm = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None  # under an adapter the head stays as it is
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(target), ctx.rows):
             part = slice(start, start + ctx.rows)
+            logits = hidden[part] @ weight.T  # [r, V]
             # d logp[target] / d logits = onehot - softmax
-            grad = torch.softmax((hidden[part] @ weight.T).float() / ctx.temperature, dim=-1).neg_()  # [r, V]
-            grad.scatter_add_(1, target[part, None], torch.ones_like(grad[:, :1]))
-            grad = (grad * (grad_logprobs[part, None] / ctx.temperature)).to(hidden.dtype)
+            if ctx.fused:
+                from model.kernels.logprobs import logits_gradient_
+
+                grad = logits_gradient_(logits, target[part], ctx.temperature, norm[part], grad_logprobs[part])
+            else:
+                grad = torch.softmax(logits.float() / ctx.temperature, dim=-1).neg_()
+                grad.scatter_add_(1, target[part, None], torch.ones_like(grad[:, :1]))
+                grad = (grad * (grad_logprobs[part, None] / ctx.temperature)).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[part]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grpo.training_sections import MAX_BETA2_BF16
+from model.kernels import usable
 
 CHUNK = 1 << 24  # numbers updated at a time: bounds the FP32 copies of moments to 128 MiB
 
@@ -52,6 +53,12 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] += 1
+        if usable(parameter):
+            from model.kernels.adamw import adamw_
+
+            moments, rates = (state["exp_avg"], state["exp_avg_sq"]), (group["lr"], group["betas"])
+            adamw_(parameter, gradient, *moments, int(state["step"]), *rates, group["eps"], group["weight_decay"])
+            return
         (beta1, beta2), step = group["betas"], int(state["step"])
         shrink, size = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**step)
         flat = [t.view(-1) for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]

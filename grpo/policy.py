@@ -7,8 +7,10 @@ prediction, balance) are added here, with normalisers of the whole update, so gr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from grpo.records import PackedBatch
 from grpo.router import trained_tokens
 from model import SequenceLayout
+from model.fp8.modules import adding_to_gradients
 from model.lora import LoraAdapter
 from model.modeling import DeepseekV3PreTrainedModel
 from model.moe import TopkRouter, balanced_bias, expert_counts, sequence_balance_loss
@@ -80,21 +83,25 @@ class Policy(ABC):
         total_rows = sum(len(b.target) for b in microbatches)
         total_samples = sum(b.num_samples for b in microbatches)
         losses, stats = [], []
-        for batch in microbatches:
-            loss, stat = self._loss(batch.to(self.device), loss_fn, total_rows, total_samples)
-            if loss.requires_grad:
-                loss.backward()
-            self._collect()
-            losses.append(loss.detach())
-            stats.append(stat)
+        with self._collecting(), adding_to_gradients(self.model):
+            for batch in microbatches:
+                loss, stat = self._loss(batch.to(self.device), loss_fn, total_rows, total_samples)
+                if loss.requires_grad:
+                    loss.backward()
+                losses.append(loss.detach())
+                stats.append(stat)
         return sum((float(loss) for loss in losses), 0.0), stats  # on a GPU this is what waits for it
 
-    def _collect(self) -> None:
-        for parameter, master in zip(self.parameters, self.master):
-            if parameter is not master and parameter.grad is not None:
-                grad = parameter.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                parameter.grad = None
+    @contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """While it lasts a gradient goes to its master as soon as it is there, so that those in BF16 do not pile up."""
+        copies = [(p, master) for p, master in zip(self.parameters, self.master) if p is not master]
+        hooks = [p.register_post_accumulate_grad_hook(partial(_collect, master)) for p, master in copies]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def clip(self, max_norm: float) -> list[torch.Tensor]:
         """Clips the gradients; returns their norms before, the policy's first."""
@@ -106,6 +113,13 @@ class Policy(ABC):
         for parameter, master in zip(self.parameters, self.master):
             if parameter is not master:
                 parameter.copy_(master)
+
+
+def _collect(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Moves the gradient of a parameter to its FP32 master."""
+    assert parameter.grad is not None
+    master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+    parameter.grad = None
 
 
 class DeepseekV3Policy(Policy):

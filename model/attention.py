@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import DeepseekV3Config
+from model.kernels import usable
 from model.layers import RMSNorm
 from model.layout import SequenceLayout
 from model.rope import apply_rope
@@ -40,16 +41,19 @@ class MultiheadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent_rank, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.value_dim, hidden, bias=False)
 
+    def queries(self, h: Tensor) -> Tensor:
+        """h # [T, d] -> # [T, n_h (d_n + d_r)], not rotated."""
+        if hasattr(self, "q_proj"):
+            return self.q_proj(h)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))
+
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h # [T, d], cos and sin # [T, d_r / 2] -> (q_nope, q_rope, latent).
 
         q_nope # [T, n_h, d_n], q_rope # [T, n_h, d_r] rotated, latent # [T, r + d_r]:
         latent = [kv_a_layernorm(c), rotated k_r]: exactly what an MLA cache stores, in vLLM's order.
         """
-        if hasattr(self, "q_proj"):
-            q = self.q_proj(h)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))
+        q = self.queries(h)
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split((self.nope_dim, self.rope_dim), dim=-1)
         c, k_rope = self.kv_a_proj_with_mqa(h).split((self.latent_rank, self.rope_dim), dim=-1)
         # k_r is not normalised; one rotary key serves all heads.
@@ -70,7 +74,28 @@ class MultiheadLatentAttention(nn.Module):
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
         """h # [T, d] (normalised), cos and sin # [T, d_r / 2] -> # [T, d]."""
+        if usable(h) and not any(n & (n - 1) for n in (self.nope_dim, self.rope_dim, self.value_dim)):
+            return self._attend_in_few_passes(h, cos, sin, layout)
         return self.attend(*self.project(h, cos, sin), layout)
+
+    def _attend_in_few_passes(self, h: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
+        """The same, with rotation, concatenation and gathering in one kernel. Widths of a head are powers of two."""
+        from model.kernels.attention import Widths, attention_rows, restored
+
+        c, k_rope = self.kv_a_proj_with_mqa(h).split((self.latent_rank, self.rope_dim), dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(c))
+        row = max(self.nope_dim + self.rope_dim, self.value_dim)
+        widths = Widths(self.num_heads, self.nope_dim, self.rope_dim, self.value_dim, row)
+        index = torch.cat([bucket.pad_index.flatten() for bucket in layout.buckets])
+        q, k, v = attention_rows(
+            self.queries(h), kv, k_rope, cos, sin, index, layout.uses, layout.use_starts, widths
+        )  # [P, n_h, ..]
+        sizes = [bucket.pad_index.numel() for bucket in layout.buckets]
+        rows = []
+        for bucket, *parts in zip(layout.buckets, q.split(sizes), k.split(sizes), v.split(sizes)):
+            rows.append(causal_attention(*(x.unflatten(0, bucket.shape) for x in parts), self.scale).flatten(0, 1))
+        out = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return self.o_proj(restored(out, layout.restore, self.value_dim).flatten(1))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

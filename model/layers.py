@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels import usable
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; inside FP32, result in the dtype of x."""
@@ -16,8 +18,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # As transformers: normalise in FP32, round, then multiply by the weight.
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        # As transformers: normalise in FP32 (rms_norm does), round, then multiply by the weight.
+        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
 
 
 class MLP(nn.Module):
@@ -30,4 +32,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if usable(x):
+            from model.kernels.experts import gated
+
+            return self.down_proj(gated(gate, up))
+        return self.down_proj(F.silu(gate) * up)

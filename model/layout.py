@@ -33,6 +33,8 @@ class SequenceLayout:
     cu_seqlens # [S + 1] int64, parent # [S] int64 (-1: none), position_ids # [T] int64, segment_ids # [T] int64.
     buckets: padded rows; restore # [T]: where each token's output lies in the concatenated flattened rows.
     identity: the rows are the packed tokens in order, so gathering is a view.
+    uses # [U] int64: places in the concatenated flattened rows that hold a token, not padding, in the order of tokens.
+    use_starts # [T + 1] int64: token t is at uses[use_starts[t] : use_starts[t + 1]]; of a shared prompt in many rows.
     """
 
     cu_seqlens: Tensor
@@ -41,6 +43,8 @@ class SequenceLayout:
     segment_ids: Tensor
     buckets: tuple[Bucket, ...]
     restore: Tensor
+    uses: Tensor
+    use_starts: Tensor
     identity: bool = False
 
     @classmethod
@@ -81,7 +85,7 @@ class SequenceLayout:
 
         # Where each row begins in the concatenated flattened buckets.
         row_start = np.zeros(num_segments, dtype=np.int64)
-        buckets, offset = [], 0
+        buckets, held, offset = [], [], 0
         for members in _split_rows(rows, totals[rows]):
             length = int(totals[members].max())
             column = np.arange(length)[None]  # [1, L]
@@ -90,10 +94,16 @@ class SequenceLayout:
             index = np.where(column < p_length, p_start + column, own)
             # Padding repeats the row's first token; causal attention hides it from every real token.
             first = np.where(p_length > 0, p_start, starts[members, None])  # [B, 1]
-            index = np.where(column < totals[members, None], index, first)
+            within = column < totals[members, None]
+            index = np.where(within, index, first)
+            held.append(np.where(within, index, num_tokens).flatten())  # num_tokens: padding
             row_start[members] = offset + np.arange(len(members)) * length
             offset += index.size
             buckets.append(Bucket(torch.from_numpy(index)))
+
+        tokens = np.concatenate(held)  # of each place
+        use_starts = np.concatenate(([0], np.cumsum(np.bincount(tokens, minlength=num_tokens + 1)[:num_tokens])))
+        uses = np.argsort(tokens, kind="stable")[: use_starts[-1]]
 
         segment_ids = np.repeat(np.arange(num_segments), lengths)  # [T]
         within = np.arange(num_tokens) - starts[segment_ids]  # [T]
@@ -109,6 +119,8 @@ class SequenceLayout:
             segment_ids=torch.from_numpy(segment_ids),
             buckets=tuple(buckets),
             restore=torch.from_numpy(restore),
+            uses=torch.from_numpy(uses),
+            use_starts=torch.from_numpy(use_starts),
             identity=identity,
         ).to(device)
 
@@ -128,7 +140,7 @@ class SequenceLayout:
         ahead = torch.device(device).type == "cuda"  # the host goes on: it does not change what it copies
         moved = {
             name: getattr(self, name).to(device, non_blocking=ahead)
-            for name in ("cu_seqlens", "parent", "position_ids", "segment_ids", "restore")
+            for name in ("cu_seqlens", "parent", "position_ids", "segment_ids", "restore", "uses", "use_starts")
         }
         buckets = tuple(Bucket(b.pad_index.to(device, non_blocking=ahead)) for b in self.buckets)
         return replace(self, buckets=buckets, **moved)

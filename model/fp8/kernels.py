@@ -10,9 +10,9 @@ from torch import Tensor
 from model.fp8 import casts, reference, swiglu
 from model.fp8.forms import Columns, Recipe, Rows, Weight
 from model.fp8.gemm import grouped_product
-from model.fp8.swiglu import combine
 from model.fp8.tiles import tiles
 from model.fp8.wgrad import grouped_outer
+from model.kernels.experts import combine
 
 # what model/fp8/reference.py has
 __all__ = ["check", "combine", "grouped_dgrad", "grouped_linear", "grouped_wgrad", "permute_gradient"]

@@ -27,7 +27,7 @@ from model.attention import MultiheadLatentAttention
 from model.fp8 import reference
 from model.fp8.forms import MXFP8, Columns, Recipe, Rows, Weight
 from model.layers import MLP
-from model.moe import Experts, Routing, by_expert, gated_experts
+from model.moe import Experts, Routing, by_expert, gated_experts, inverse_order
 
 Mode = Literal["off", "emulate", "on"]
 RECIPES = {"blockwise": Recipe(), "blockwise_ue8m0": Recipe(ue8m0=True), "mxfp8": MXFP8}
@@ -103,6 +103,21 @@ def unquantized(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.quantized = True
+
+
+@contextmanager
+def adding_to_gradients(model: nn.Module) -> Iterator[None]:
+    """While it lasts a backward pass adds the FP32 weight gradients of experts to the `.grad` they already have, in the
+    product itself, and not by a second pass over both.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Fp8Experts)]
+    for layer in layers:
+        layer.adds_to_gradients = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adds_to_gradients = False
 
 
 def computed_weight(layer: nn.Linear) -> Tensor:
@@ -231,6 +246,8 @@ class Fp8MLP(Fp8Layer, MLP):
 class Fp8Experts(Fp8Layer, Experts):
     """Stacked experts. The weight of an expert multiplies its activations before they are cast."""
 
+    adds_to_gradients = False  # see adding_to_gradients
+
     def __init__(self, experts: Experts, ops: Any, recipe: Recipe) -> None:
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
@@ -248,12 +265,12 @@ class Fp8Experts(Fp8Layer, Experts):
             return gated_experts(x, routing, *computed_gated_weights(self))
         order, token, ends = by_expert(routing)
         weight = routing.weights.flatten().index_select(0, order)  # [T K]
-        places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-        sorting = token, places.view_as(routing.experts), ends
+        sorting = token, inverse_order(order).view_as(routing.experts), ends
         codes = self.codes("gate_up", self.gate_up_proj), self.codes("down", self.down_proj)
         ops, recipe = self.ops, self.recipe
         if torch.is_grad_enabled():
-            return _Experts.apply(x, weight, self.gate_up_proj, self.down_proj, sorting, codes, ops, recipe)
+            adds = self.adds_to_gradients
+            return _Experts.apply(x, weight, self.gate_up_proj, self.down_proj, sorting, codes, ops, recipe, adds)
         rows, _ = ops.permute_quantize(x, token, ends, recipe)
         gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)
         act, _ = ops.swiglu_quantize(gate_up, recipe, weight)
@@ -329,26 +346,37 @@ class _Experts(torch.autograd.Function):
         codes: tuple[Weight, Weight],
         ops: Any,
         recipe: Recipe,
+        adds: bool,
     ) -> Tensor:
         token, inverse, ends = sorting
         rows, columns = ops.permute_quantize(x, token, ends, recipe)
         gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)  # [M, 2I]
         act, kept = ops.swiglu_quantize(gate_up, recipe, weight)
         ctx.save_for_backward(weight, *sorting, *columns, *kept)
-        ctx.codes, ctx.ops, ctx.recipe, ctx.dtypes = codes, ops, recipe, (x.dtype, down_proj.dtype)
+        ctx.codes, ctx.ops, ctx.recipe, ctx.dtype, ctx.adds = codes, ops, recipe, x.dtype, adds
+        ctx.parameters = gate_up_proj, down_proj  # not their values: where gradients are added up
         return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ops, recipe, (up_codes, down_codes), (dtype, weight_dtype) = ctx.ops, ctx.recipe, ctx.codes, ctx.dtypes
+        ops, recipe, (up_codes, down_codes), dtype = ctx.ops, ctx.recipe, ctx.codes, ctx.dtype
         weight, token, inverse, ends, *rest = ctx.saved_tensors
         inputs, kept = Columns(*rest[:3]), Rows(*rest[3:])
         rows, columns = ops.permute_gradient(grads[0], token, ends, recipe)
         grad_act = ops.grouped_dgrad(rows, down_codes, ends, dtype)  # [M, I], of the weighted activations
         act, up_rows, up_columns, grad_weight = ops.swiglu_backward(kept, grad_act, ends, recipe, weight)
-        grad_down = ops.grouped_wgrad(columns, act, weight_dtype)  # [E, d, I]
-        grad_gate_up = ops.grouped_wgrad(up_columns, inputs, weight_dtype)  # [E, 2I, d]
+        gate_up, down = ctx.parameters
+        grad_down = _weight_gradient(ops, columns, act, down, ctx.adds)  # [E, d, I]
+        grad_gate_up = _weight_gradient(ops, up_columns, inputs, gate_up, ctx.adds)  # [E, 2I, d]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ops.combine(ops.grouped_dgrad(up_rows, up_codes, ends, dtype), inverse)
-        return grad_x, grad_weight, grad_gate_up, grad_down, None, None, None, None
+        return grad_x, grad_weight, grad_gate_up, grad_down, None, None, None, None, None
+
+
+def _weight_gradient(ops: Any, grad: Columns, x: Columns, parameter: Tensor, adds: bool) -> Tensor | None:
+    """Of stacked experts # [E, N, K]; None where it was added to the gradient that the parameter has."""
+    if adds and parameter.grad is not None and parameter.grad.dtype == torch.float32:
+        ops.grouped_wgrad(grad, x, torch.float32, into=parameter.grad)
+        return None
+    return ops.grouped_wgrad(grad, x, parameter.dtype)

@@ -110,8 +110,13 @@ def grouped_dgrad(g: Rows, w: Weight, ends: Tensor | None, dtype: torch.dtype) -
     return _product(dequantize_rows(g), dequantize_weight(w, transposed=True), ends).to(dtype)
 
 
-def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype) -> Tensor:
-    """g # of [M, N], x # of [M, K] -> g^T x of each group, in dtype # [E, N, K]; zeros for one without tokens."""
+def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """g # of [M, N], x # of [M, K] -> g^T x of each group, in dtype # [E, N, K]; zeros for one without tokens.
+
+    into # [E, N, K] float32: added to it instead.
+    """
+    if into is not None:
+        return into.add_(grouped_wgrad(g, x, into.dtype))
     left, right, starts = dequantize_columns(g), dequantize_columns(x), g.starts  # [P, N], [P, K]
     if len(starts) == 2:
         return (left.t() @ right)[None].to(dtype)

@@ -109,23 +109,3 @@ def swiglu_backward(
             maxnreg=REGISTERS,
         )  # fmt: skip
     return act, (rows[0], rows[1].t()), columns, None if weight is None else d_weight.sum(0)
-
-
-@triton.jit
-def _combine_kernel(y, inverse, out, D, TOP: tl.constexpr, BLOCK: tl.constexpr):
-    token, columns = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(TOP):
-        row = tl.load(inverse + token * TOP + k).to(tl.int64)
-        total += tl.load(y + row * D + columns, columns < D, other=0.0).to(tl.float32)
-    tl.store(out + token * D + columns, total.to(out.dtype.element_ty), columns < D)
-
-
-def combine(y: Tensor, inverse: Tensor) -> Tensor:
-    """y # [M, d], inverse # [T, K] int64 -> y[inverse].sum(1) # [T, d], summed in FP32 and rounded once."""
-    T, K = inverse.shape
-    out = torch.empty(T, y.shape[1], dtype=y.dtype, device=y.device)
-    if T:
-        block = min(2048, triton.next_power_of_2(y.shape[1]))
-        _combine_kernel[triton.cdiv(y.shape[1], block), T](y, inverse, out, y.shape[1], K, block, num_warps=8)
-    return out

@@ -55,7 +55,7 @@ def test_resume_is_bit_equal(tiny: Path, tmp_path: Path, dtype: str, moments: An
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
 
 
-def test_master_weights_have_no_bfloat16_copy(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_master_weights_have_no_bfloat16_copy(tiny: Path) -> None:
     """What computes in FP8: 4 bytes a weight for parameter and master, one for codes, gradients added up in FP32; it
     moves by less than BF16 can hold. Everything else: BF16 beside an FP32 master."""
     learner = Learner(tiny, GRPOConfig(learning_rate=1e-6), dtype="bfloat16", fp8="emulate")
@@ -64,13 +64,8 @@ def test_master_weights_have_no_bfloat16_copy(tiny: Path, monkeypatch: pytest.Mo
     assert in_fp8 == {
         name for name in policy.names if re.search(r"(self_attn|mlp)\..*_proj(_with_mqa)?(\.weight)?$", name)
     }
-    collect = policy._collect
-
-    def collected() -> None:
-        grads.update((n, p.grad.dtype) for n, p in zip(policy.names, policy.parameters) if p.grad is not None)
-        collect()
-
-    monkeypatch.setattr(policy, "_collect", collected)
+    for name, parameter in zip(policy.names, policy.parameters):
+        parameter.register_post_accumulate_grad_hook(lambda p, n=name: grads.update({n: p.grad.dtype}))
     before = {name: master.detach().clone() for name, master in zip(policy.names, policy.master)}
     learner.step(batches())
     size = {True: 0, False: 0}  # bytes by whether it computes in FP8

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grpo import learner as learner_module
+from grpo import policy as policy_module
 from grpo.advantages import group_advantages
 from grpo.config import GRPOConfig, StageConfig
 from grpo.learner import Learner, nll_loss
@@ -348,3 +349,27 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny: Path) -> 
         learner.update(pack(make_groups(), 1000), broken)
     assert all(torch.equal(before[name], value) for name, value in everything(learner).items())
     assert all(master.grad is None for master in learner.policy.master)
+
+
+def test_gradients_in_bfloat16_do_not_pile_up(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes to its FP32 master as soon as it is there, and masters get the sum of the micro-batches' gradients."""
+    learner = Learner(tiny, GRPOConfig(), dtype="bfloat16", temperature=TEMPERATURE)
+    policy, batches, loss_fn = learner.policy, pack(make_groups(), 40), rl_loss(LossOptions())
+    want = [torch.zeros_like(master) for master in policy.master]
+    for batch in batches:
+        loss, _ = policy._loss(batch, loss_fn, 1, 1)
+        for total, grad in zip(want, torch.autograd.grad(loss, policy.parameters, allow_unused=True)):
+            if grad is not None:
+                total += grad.float()
+    held, collect = [], policy_module._collect
+
+    def counted(master: torch.Tensor, parameter: torch.Tensor) -> None:
+        held.append(sum(p.grad is not None for p in policy.parameters))
+        collect(master, parameter)
+
+    monkeypatch.setattr(policy_module, "_collect", counted)
+    policy.forward_backward(batches, loss_fn)
+    assert set(held) == {1} and len(held) > len(policy.parameters) and len(batches) > 1
+    assert all(parameter.grad is None for parameter in policy.parameters)
+    for name, master, total in zip(policy.names, policy.master, want):
+        assert torch.equal(total, torch.zeros_like(total) if master.grad is None else master.grad), name

@@ -77,7 +77,7 @@ def test_never_holds_logits_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None
     with WidestRows() as forward:
         got, _ = token_logprobs(hidden, weight, target)
     kept = [tuple(t.shape) for t in got.grad_fn.saved_tensors]  # type: ignore[union-attr]
-    assert kept == [(ROWS, HIDDEN), (VOCAB, HIDDEN), (ROWS,)]
+    assert kept == [(ROWS, HIDDEN), (VOCAB, HIDDEN), (ROWS,), (ROWS,)]
     assert forward.rows == 4
     # the engine runs backward on threads of its own, where modes are off: call the function itself
     with WidestRows() as backward:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout
 from model.fp8 import reference
 from model.fp8.forms import Recipe
-from model.fp8.modules import RECIPES, Fp8Experts, Fp8Linear, Fp8MLP, to_fp8, unquantized
+from model.fp8.modules import RECIPES, Fp8Experts, Fp8Linear, Fp8MLP, adding_to_gradients, to_fp8, unquantized
 from model.fp8.published import computed_state
 from model.layers import MLP
 from model.moe import Experts, Routing, expert_counts
@@ -279,3 +279,28 @@ def test_emulation_imports_no_kernels() -> None:
     before = "import torch, sys; print([m for m in sys.modules if 'triton' in m])"
     run = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (code, before)]
     assert run[0] == run[1] != ""
+
+
+def test_gradients_are_added_in_the_product(make_config: Callable[..., DeepseekV3Config]) -> None:
+    """Under adding_to_gradients, into the tensor that is there; without, and for autograd.grad, a new one is made."""
+    plain, x, routing = make_experts(make_config)
+    experts = Fp8Experts(plain, reference, Recipe())
+    calls: list[bool] = []
+
+    def counted(grad: Any, inputs: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        calls.append(into is not None)
+        return reference.grouped_wgrad(grad, inputs, dtype, into)
+
+    experts.ops = SimpleNamespace(**{**vars(reference), "grouped_wgrad": counted})
+    one = torch.autograd.grad(experts(x, routing).square().sum(), list(experts.parameters()))
+    with adding_to_gradients(experts):
+        experts(x, routing).square().sum().backward()
+        first = [p.grad for p in experts.parameters()]
+        assert all(torch.equal(grad, want) for grad, want in zip(first, one, strict=True) if grad is not None)
+        experts(x, routing).square().sum().backward()
+    assert calls == [False, False, False, False, True, True]
+    for parameter, before, want in zip(experts.parameters(), first, one, strict=True):
+        assert parameter.grad is before and torch.equal(parameter.grad, want + want)
+    experts(x, routing).square().sum().backward()
+    assert calls[-2:] == [False, False]
+    assert all(torch.equal(p.grad, 2 * want + want) for p, want in zip(experts.parameters(), one) if p.grad is not None)

@@ -1,0 +1,172 @@
+"""Fused kernels against plain torch: on a GPU where there is one, else by Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import DeepseekV3Config, SequenceLayout
+from model.rope import RotaryTables, apply_rope
+
+pytest.importorskip("triton")
+GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if GPU else "cpu"
+kernel = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+if GPU or INTERPRETED:
+    from model.kernels.adamw import adamw_
+    from model.kernels.attention import Widths, attention_rows, restored
+    from model.kernels.experts import collect, combine, gated, gated_rows, spread
+    from model.kernels.logprobs import chosen_logprobs, logits_gradient_
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run here themselves")
+def test_kernels_run_in_the_interpreter() -> None:
+    # A process of its own: Triton reads the variable when it is imported, which may be long past.
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def near(got: torch.Tensor, want: torch.Tensor) -> None:
+    """To the rounding of the dtype of got."""
+    low = got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want.float(), rtol=1e-2 if low else 1e-5, atol=1e-3 if low else 1e-5)
+
+
+@kernel
+@DTYPES
+@pytest.mark.parametrize("vocabulary", [50, 4096, 9001])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities(dtype: torch.dtype, vocabulary: int, temperature: float) -> None:
+    logits = (4 * normal(7, vocabulary)).to(dtype)
+    target = torch.randint(0, vocabulary, (7,), device=DEVICE)
+    target[:2] = torch.tensor([0, vocabulary - 1])
+    plain = logits.float().requires_grad_()
+    table = torch.log_softmax(plain / temperature, dim=-1)
+    want, upstream = table.gather(1, target[:, None])[:, 0], normal(7)
+    out = [torch.full((7,), float("nan"), device=DEVICE) for _ in range(3)]
+    chosen_logprobs(logits, target, temperature, *out)
+    torch.testing.assert_close(out[0], want.detach(), rtol=1e-5, atol=1e-5)
+    entropy = torch.distributions.Categorical(logits=table.detach()).entropy()
+    torch.testing.assert_close(out[1], entropy, rtol=1e-4, atol=1e-4)
+    (want_grad,) = torch.autograd.grad(want, plain, upstream)
+    got = logits_gradient_(logits, target, temperature, out[2], upstream)
+    assert got is logits
+    near(got, want_grad)
+
+
+@kernel
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_adamw(moments: torch.dtype) -> None:
+    """An update from given moments, against algorithm 2 of arXiv 1711.05101 in float64."""
+    shape, step, lr, (beta1, beta2), decay = (37, 61), 4, 1e-2, (0.9, 0.95), 0.1
+    weight, grad = normal(*shape), normal(*shape) * torch.logspace(-6, 0, shape[1], device=DEVICE)
+    first, second = (grad * normal(*shape)).to(moments), (grad**2 * normal(*shape).abs()).to(moments)
+    w, g, m, v = (t.double() for t in (weight, grad, first, second))
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+    want = w * (1 - lr * decay) - lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
+    adamw_(weight, grad, first, second, step, lr, (beta1, beta2), 1e-8, decay)
+    torch.testing.assert_close(weight.double(), want, rtol=0, atol=1e-6)
+    low = moments == torch.bfloat16
+    torch.testing.assert_close(first.double(), m, rtol=2**-7 if low else 1e-4, atol=1e-12)
+    torch.testing.assert_close(second.double(), v, rtol=2**-7 if low else 1e-5, atol=1e-15)
+
+
+@kernel
+@DTYPES
+def test_rows_go_to_experts_and_back(dtype: torch.dtype) -> None:
+    tokens, top, width = 5, 3, 40
+    order = torch.randperm(tokens * top, device=DEVICE)
+    token = order // top
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(tokens * top, device=DEVICE)).view(tokens, top)
+    x, grad = normal(tokens, width, dtype=dtype).requires_grad_(), normal(tokens * top, width, dtype=dtype)
+    rows = spread(x, token, places)
+    assert torch.equal(rows, x[token])
+    near(
+        torch.autograd.grad(rows, x, grad)[0],
+        torch.zeros(tokens, width, device=DEVICE).index_add(0, token, grad.float()),
+    )
+    y, upstream = grad.detach().requires_grad_(), x.detach()
+    total = collect(y, token, places)
+    near(total, torch.zeros(tokens, width, device=DEVICE).index_add(0, token, y.detach().float()))
+    assert torch.equal(torch.autograd.grad(total, y, upstream)[0], upstream[token])
+    assert combine(y.detach()[:0], places[:0]).shape == (0, width)
+
+
+@kernel
+@DTYPES
+@pytest.mark.parametrize("width", [24, 1500])
+def test_gated_activation(dtype: torch.dtype, width: int) -> None:
+    gate_up, weight, upstream = normal(6, 2 * width, dtype=dtype), normal(6).abs(), normal(6, width, dtype=dtype)
+    plain, plain_weight = gate_up.float().requires_grad_(), weight.clone().requires_grad_()
+    for routed in (True, False):
+        gate, up = plain.chunk(2, -1)
+        want = F.silu(gate) * up * (plain_weight[:, None] if routed else 1.0)
+        ours = gate_up.clone().requires_grad_()
+        routing = weight.clone().requires_grad_()
+        got = gated_rows(ours, routing) if routed else gated(*ours.chunk(2, -1))
+        assert got.dtype == dtype
+        near(got, want)
+        wanted = torch.autograd.grad(want, [plain, plain_weight][: 1 + routed], upstream.float())
+        found = torch.autograd.grad(got, [ours, routing][: 1 + routed], upstream)
+        near(found[0], wanted[0])
+        if routed:
+            torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@kernel
+@DTYPES
+@pytest.mark.parametrize("parent", [[-1, 0, 0, -1, -1], [-1] * 5])
+def test_attention_rows(dtype: torch.dtype, parent: list[int], make_config: Callable[..., DeepseekV3Config]) -> None:
+    """Rotation, rows and their gradients against the plain path; a shared prompt is in two rows, one is padded."""
+    config = make_config()
+    heads, nope, rope, value = 20, config.qk_nope_head_dim, config.qk_rope_head_dim, 16
+    widths = Widths(heads, nope, rope, value, 20)
+    lengths = [6, 3, 5, 40, 11]
+    layout = SequenceLayout.from_segments(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]), parent)
+    layout = layout.to(DEVICE)
+    tokens, index = len(layout), torch.cat([b.pad_index.flatten() for b in layout.buckets])
+    cos, sin = (table.contiguous() for table in RotaryTables(config)(layout.position_ids))
+    q, kv = normal(tokens, heads * (nope + rope), dtype=dtype), normal(tokens, heads * (nope + value), dtype=dtype)
+    latent = normal(tokens, 7 + rope, dtype=dtype)
+
+    def plain(q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor) -> list[torch.Tensor]:
+        q, kv = q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (heads, -1))
+        q = torch.cat((q[..., :nope], apply_rope(q[..., nope:], cos, sin)), -1)
+        k = torch.cat((kv[..., :nope], apply_rope(k_rope, cos, sin)[:, None].expand(-1, heads, -1)), -1)
+        return [x.index_select(0, index) for x in (q, k, F.pad(kv[..., nope:], (0, 20 - value)))]
+
+    def ours(q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor) -> list[torch.Tensor]:
+        return list(attention_rows(q, kv, k_rope, cos, sin, index, layout.uses, layout.use_starts, widths))
+
+    counts = torch.zeros(len(index), 1, 1, device=DEVICE).index_fill_(0, layout.uses, 1.0)  # padding has no gradient
+    upstream = [normal(len(index), heads, width).to(dtype) * counts.to(dtype) for width in (nope + rope,) * 2 + (20,)]
+    found = []
+    for side, exact in ((plain, torch.float32), (ours, dtype)):
+        inputs = [x.to(exact).requires_grad_() for x in (q, kv, latent)]
+        outputs = side(inputs[0], inputs[1], inputs[2][:, 7:])
+        found.append((outputs, torch.autograd.grad(outputs, inputs, [x.to(exact) for x in upstream])))
+    for got, want in zip([*found[1][0], *found[1][1]], [*found[0][0], *found[0][1]], strict=True):
+        assert got.dtype == dtype
+        near(got, want)
+
+
+@kernel
+@DTYPES
+def test_tokens_come_back_from_rows(dtype: torch.dtype) -> None:
+    rows, restore = normal(9, 3, 8, dtype=dtype).requires_grad_(), torch.tensor([8, 0, 3, 5], device=DEVICE)
+    got = restored(rows, restore, 6)
+    assert torch.equal(got, rows[restore, :, :6])
+    upstream = normal(4, 3, 6, dtype=dtype)
+    want = torch.autograd.grad(rows[restore, :, :6], rows, upstream)[0]
+    assert torch.equal(torch.autograd.grad(got, rows, upstream)[0], want)
