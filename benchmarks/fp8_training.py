@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,12 @@ from benchmarks.common import machine, write_result
 from grpo.config import StageConfig
 from grpo.learner import Learner, nll_loss
 from grpo.packing import pack
+from grpo.policy import Stats
 from grpo.records import TrainingSample
 from model import DeepseekV3Config, DeepseekV3ForCausalLM
 from model.fp8 import quantize_blocks, reference
 from model.fp8.forms import Columns, Recipe, Rows
-from model.fp8.modules import to_fp8
+from model.fp8.modules import Mode, to_fp8
 
 LAST = 50  # steps that are compared
 BATCH, LENGTH, VOCAB = 16, 33, 64
@@ -90,23 +92,49 @@ class Language:
         return out
 
 
+def build(
+    config: Mapping[str, Any], seed: int, fp8: Mode = "off", ops: Any = None, device: torch.device | str = "cpu"
+) -> DeepseekV3ForCausalLM:
+    """A new model in BF16; what computes in FP8 has FP32 parameters. The same weights whatever `fp8` says."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(dict(config))).to(torch.bfloat16)
+    to_fp8(model, fp8, ops=ops)
+    return model
+
+
+def updates(learner: Learner, batches: Iterable[np.ndarray], microbatches: int = 1) -> Iterator[Stats]:
+    """Trains on batches # [B, L] of tokens, an update each, and yields its statistics."""
+    for batch in batches:
+        targets = batch[:, 1:].size
+        samples = [[TrainingSample(tuple(row[:1]), tuple(row[1:]), 1.0 / targets)] for row in batch.tolist()]
+        yield learner.update(pack(samples, targets // microbatches), nll_loss)[3]
+
+
+def mean_loss(stats: Stats) -> float:
+    """Nats a token."""
+    return float(stats["sum/nll"]) / float(stats["sum/rows"])
+
+
 def train(arm: str, seed: int, steps: int, second: float) -> list[float]:
     """The loss of each step."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(MODEL)).to(torch.bfloat16)
-    if arm.startswith("fp8"):
-        to_fp8(model, "emulate", ops=block_gradients() if arm != "fp8" else None)
+    fp8 = arm.startswith("fp8")
+    model = build(MODEL, seed, "emulate" if fp8 else "off", block_gradients() if fp8 and arm != "fp8" else None)
     stage = StageConfig(max_steps=steps, learning_rate=1.5e-3, warmup_steps=30, lr_scheduler_type="cosine")
-    learner, text, losses = Learner("", stage, model=model), Language(seed, second), []
-    size = BATCH * LENGTH // (2 if arm == "bf16_rounding" else 1)
-    for _ in range(steps):
-        rows = text.batch().tolist()
-        weight = 1.0 / (BATCH * (LENGTH - 1))
-        samples = [[TrainingSample(tuple(row[:1]), tuple(row[1:]), weight)] for row in rows]
-        _, _, _, stats = learner.update(pack(samples, size), nll_loss)
-        losses.append(float(stats["sum/nll"]) / float(stats["sum/rows"]))
-    return losses
+    text = Language(seed, second)
+    batches = (text.batch() for _ in range(steps))
+    microbatches = 2 if arm == "bf16_rounding" else 1
+    return [mean_loss(stats) for stats in updates(Learner("", stage, model=model), batches, microbatches)]
+
+
+def train_all(
+    arms: Iterable[str], seeds: Sequence[int], train: Callable[..., Any], *args: Any
+) -> dict[tuple[str, int], Any]:
+    """What train(arm, seed, *args) gives, two at a time in processes of their own."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        jobs = {(arm, seed): pool.submit(train, arm, seed, *args) for seed in seeds for arm in arms}
+        return {key: job.result() for key, job in jobs.items()}
 
 
 def difference(losses: list[float], base: list[float]) -> float:
@@ -122,9 +150,7 @@ def main() -> None:
     parser.add_argument("--second", type=float, default=0.3)
     args = parser.parse_args()
     before, seeds = machine(), [int(seed) for seed in args.seeds.split(",")]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        jobs = {(arm, seed): pool.submit(train, arm, seed, args.steps, args.second) for seed in seeds for arm in ARMS}
-        losses = {key: job.result() for key, job in jobs.items()}
+    losses = train_all(ARMS, seeds, train, args.steps, args.second)
     results: dict[str, Any] = {
         "steps": args.steps,
         "second": args.second,

@@ -18,9 +18,13 @@ from grpo.packing import pack
 from grpo.placement import compute_device
 from grpo.records import PackedBatch, TrainingSample
 from model.create import build_tokenizer, create_model
+from model.family import load_model
+from model.fp8.modules import kept_in_fp32
 from rollout import Completion, SamplingParams, build_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 ROOT = Path(__file__).resolve().parents[2]
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": []}
 CASES: dict[str, dict[str, Any]] = {
@@ -94,25 +98,72 @@ def test_a_resume_goes_on_as_if_never_stopped(dtype: str, moments: str, tiny: Pa
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if dtype == moments == "float32" else 3e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_embedded_engine_agrees_with_the_learner(dtype: str, tiny: Path) -> None:
-    device, prompts = compute_device("auto"), [[5, 6, 7, 8 + i] for i in range(6)]
-    engine = build_engine(
-        tiny, dtype=getattr(torch, dtype), device=device, enable_return_routed_experts=True, max_num_seqs=16
-    )
+def sampled(directory: Path, prompts: list[list[int]], **options: Any) -> PackedBatch:
+    """What the embedded engine makes of the prompts, its routes included."""
+    engine = build_engine(directory, enable_return_routed_experts=True, max_num_seqs=16, **options)
     groups = engine.generate(prompts, SamplingParams(n=3, max_tokens=20, seed=1, ignore_eos=True))
-    learner = Learner(tiny, GRPOConfig(), dtype=dtype, device=device)
 
     def sample(prompt: list[int], c: Completion) -> TrainingSample:
         return TrainingSample(
             tuple(prompt), c.token_ids, 1.0, rollout_logprobs=c.logprobs, routed_experts=c.routed_experts
         )
 
-    samples = [[sample(prompt, c) for c in group] for prompt, group in zip(prompts, groups)]
-    (batch,) = pack(samples, 10000)
+    (batch,) = pack([[sample(prompt, c) for c in group] for prompt, group in zip(prompts, groups)], 10000)
+    return batch
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_embedded_engine_agrees_with_the_learner(dtype: str, tiny: Path) -> None:
+    device, prompts = compute_device("auto"), [[5, 6, 7, 8 + i] for i in range(6)]
+    batch = sampled(tiny, prompts, dtype=getattr(torch, dtype), device=device)
+    learner = Learner(tiny, GRPOConfig(), dtype=dtype, device=device)
     gap = (learner.logprobs(batch).cpu() - batch.rollout_logprobs).abs()
     assert float(gap.max()) < (1e-4 if dtype == "float32" else 0.3)
     assert float(gap.mean()) < (1e-5 if dtype == "float32" else 3e-2)
+
+
+@hopper
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_kernels_take_the_steps_of_their_emulation(dtype: str, tiny: Path, tmp_path: Path) -> None:
+    """With a KL reference in FP8 and MTP. In a model of such large weights a product that is off by 1e-4 changes many a
+    code: numbers are near and no more. tests/model/test_fp8_kernels.py holds each product of a model by itself."""
+    config = GRPOConfig(learning_rate=1e-3, beta=0.1, mtp_loss_weight=0.3, max_steps=4)
+    (_, plain), (emulated, want), (kernels, got) = (
+        trained(tiny, "cuda", 3, config=config, dtype=dtype, fp8=fp8) for fp8 in ("off", "emulate", "on")
+    )
+    in_fp8 = kept_in_fp32(kernels.policy.model)
+    assert in_fp8 == kept_in_fp32(emulated.policy.model) and bool(in_fp8) == (dtype == "bfloat16")
+    for name, parameter, master in zip(kernels.policy.names, kernels.policy.parameters, kernels.policy.master):
+        assert (parameter is master) == (name in in_fp8 or dtype == "float32"), name
+    far = {}
+    for name in ("entropy", "grad_norm", "mtp_loss", "kl"):
+        far[name] = [max(abs(a[name] / b[name] - 1) for a, b in zip(run[1:], want[1:])) for run in (got, plain)]
+    start = dict(load_model(tiny, torch.float32).named_parameters())
+    moved = [
+        torch.cat([(m.detach().cpu() - start[n].detach()).flatten() for n, m in zip(x.policy.names, x.policy.master)])
+        for x in (kernels, emulated)
+    ]
+    far["cosine"] = [float(torch.nn.functional.cosine_similarity(*moved, dim=0))]
+    print(far)
+    assert far["entropy"][0] < 0.01 and far["mtp_loss"][0] < 0.01 and far["grad_norm"][0] < 0.1, far
+    assert far["cosine"][0] > 0.8, far
+    kernels.save(tmp_path / "saved")
+    resumed = Learner(tiny, config, dtype=dtype, device="cuda", fp8="on")
+    resumed.load(tmp_path / "saved")
+    ((batch, *_),) = minibatches(7)
+    torch.testing.assert_close(resumed.logprobs(batch), kernels.logprobs(batch), rtol=0, atol=1e-6)
+
+
+@hopper
+def test_the_embedded_engine_computes_in_fp8_as_the_learner(tiny: Path) -> None:
+    """Decode sums what codes stand for in FP32, the learner with the kernels' 14 bits: nearer than to no FP8 at all."""
+    options: dict[str, Any] = {"device": compute_device("auto"), "fp8": "on"}
+    batch = sampled(tiny, [[5, 6, 7, 8 + i] for i in range(6)], dtype=torch.float32, **options)
+    learner = Learner(tiny, GRPOConfig(), dtype="float32", **options)
+    plain = Learner(tiny, GRPOConfig(), dtype="float32", device=options["device"])
+    gaps = [(one.logprobs(batch).cpu() - batch.rollout_logprobs).abs().mean().item() for one in (learner, plain)]
+    print(gaps)
+    assert gaps[0] < 0.1 and gaps[0] < 0.5 * gaps[1], gaps
 
 
 def test_another_architecture_trains_on_a_gpu(tmp_path: Path) -> None:

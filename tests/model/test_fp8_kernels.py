@@ -3,12 +3,18 @@
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from model import DeepseekV3ForCausalLM, SequenceLayout
 from model.fp8 import reference
 from model.fp8.forms import Columns, Recipe, Rows, Weight
+from model.fp8.modules import to_fp8
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -204,3 +210,78 @@ def test_a_bad_row_stays_in_its_group() -> None:
     g = kernels.quantize_both(torch.randn(135, 384, device=DEVICE), ends, Recipe())[1]
     dw = kernels.grouped_wgrad(g, columns, torch.float32)
     assert dw[1, :, 3].isnan().all() and dw.isnan().sum() == 384
+
+
+def assert_product(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Of the same operands: each row as near as the tensor cores' sums and BF16 allow."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    apart, size = (ours.float() - theirs.float()).norm(dim=-1), theirs.float().norm(dim=-1)
+    worst = ((apart - 1e-30) / size.clamp(min=1e-30)).max()
+    assert worst < (4e-3 if ours.dtype == torch.bfloat16 else 2e-3), worst
+
+
+def checked(calls: Counter[str], kernels: Any) -> Any:
+    """The kernels, each result held against the reference's of the same operands."""
+
+    def forms(ours: Any, theirs: Any, compare: Callable[[Any, Any], None]) -> None:
+        for a, b in zip(ours, theirs, strict=True):
+            if isinstance(a, Rows | Columns):
+                compare(a, b)
+            elif a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+    def casts(ours: Any, theirs: Any) -> None:
+        if isinstance(ours, Rows | Weight):
+            assert_same(ours, theirs)
+        else:
+            forms(ours, theirs, assert_same)
+
+    def both(name: str, compare: Callable[[Any, Any], None]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            poison()
+            ours, theirs = getattr(kernels, name)(*args), getattr(reference, name)(*args)
+            compare(ours, theirs)
+            calls[name] += 1
+            return ours
+
+        return call
+
+    quantised = ("rows", "both", "weight", "gradient")
+    compared = {f"quantize_{kind}": casts for kind in quantised} | dict.fromkeys(
+        ("permute_quantize", "permute_gradient"), casts
+    )
+    compared |= dict.fromkeys(("grouped_linear", "grouped_dgrad", "grouped_wgrad", "combine"), assert_product)
+    compared |= dict.fromkeys(
+        ("swiglu_quantize", "swiglu_backward"), lambda ours, theirs: forms(ours, theirs, assert_near)
+    )
+    return SimpleNamespace(**{name: both(name, compare) for name, compare in compared.items()})
+
+
+@products
+@pytest.mark.parametrize("inner", [128, 80])  # of an expert: SwiGLU's kernels, and the reference where they do not fit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_model(dtype: torch.dtype, inner: int, make_model: Callable[..., DeepseekV3ForCausalLM]) -> None:
+    """With FP32 parameters: every cast and product of two updates, on the numbers that come up there."""
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "kv_lora_rank": 64, "q_lora_rank": 144}
+    heads = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48, "initializer_range": 0.1}
+    model = make_model(moe_intermediate_size=inner, **sizes, **heads).to(dtype).to(DEVICE)
+    calls: Counter[str] = Counter()
+    to_fp8(model, "on", ops=checked(calls, kernels))
+    masters = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert len(masters) == 4 and {p.dtype for p in masters} == {torch.float32}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids = torch.randint(40, (400,), device=DEVICE)
+    layout = SequenceLayout.from_segments([0, 130, 259, 400]).to(DEVICE)
+    losses = []
+    for _ in range(3):
+        logits = model.forward_packed(ids, layout).hidden @ model.head.weight.t()
+        loss = torch.nn.functional.cross_entropy(logits.float(), ids.roll(-1))
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[1] < losses[0]
+    products = 5 * 3 + 2 * (1 + 2 + 2)  # of attention in three layers; dense, shared and routed MLPs
+    assert {calls[f"grouped_{kind}"] for kind in ("linear", "dgrad", "wgrad")} == {3 * products}
+    assert calls["quantize_weight"] == 3 * products  # anew after each update
+    assert calls["combine"] == 3 * 2 * 2 and calls["swiglu_backward"] == 3 * 5

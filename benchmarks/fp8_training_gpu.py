@@ -1,0 +1,192 @@
+"""Claim: FP8 training by DeepSeek-V3's recipe loses as BF16 does on a GPU as well. A V3 of 200M parameters trained for
+200 steps of 32,768 tokens, 3 seeds: losses smoothed by an exponential moving average (0.9) end less than 0.25 % apart,
+bound and smoothing of the V3 report (arXiv 2412.19437, appendix B.1).
+
+    python -m benchmarks.fp8_training_gpu [--seeds 0,1,2] [--steps 200]      # on a Hopper GPU
+    python -m benchmarks.fp8_training_gpu --tiny                             # on a CPU, emulated; writes nothing
+
+`model.fp8: on` and the plain model, both in BF16 with FP32 master weights, by the learner of `grpo pretrain`. Beside
+them, on the same batches: BF16 again with micro-batches half as large, which differs in rounding alone; and the
+emulation of FP8 over the first steps, which says whether the kernels compute the recipe.
+
+The text is what every machine has: the source files of Python's standard library (without its tests), in the order of
+their paths, as bytes. Blocks of it are shuffled by the seed; where they are used up they come again in another order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import machine, versions, write_result
+from benchmarks.fp8_training import build, mean_loss, train_all, updates
+from grpo.config import StageConfig
+from grpo.learner import Learner
+from model.fp8.modules import Mode
+
+# Sizes of DeepSeek-V3 scaled down; all multiples of 128, as its own are, but the rotary part of a head
+MODEL = {
+    "vocab_size": 256, "hidden_size": 768, "intermediate_size": 2048, "moe_intermediate_size": 256,
+    "num_hidden_layers": 10, "first_k_dense_replace": 1, "num_attention_heads": 6, "q_lora_rank": 384,
+    "kv_lora_rank": 256, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 32,
+    "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
+SMALL = {
+    "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 128, "kv_lora_rank": 128, "n_routed_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+ARMS = ("bf16", "bf16_rounding", "fp8", "fp8_emulated")
+EMULATED_STEPS = 5
+SMOOTHING, BOUND = 0.9, 0.25
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, on what, and for how long."""
+
+    model: Mapping[str, Any]
+    batch: int  # blocks a step
+    length: int  # tokens of a block that are predicted
+    steps: int
+    device: str
+    fp8: Mode
+
+
+FULL = Setup(MODEL, batch=32, length=1024, steps=200, device="cuda", fp8="on")
+TINY = Setup(MODEL | SMALL, batch=4, length=64, steps=8, device="cpu", fp8="emulate")
+
+
+def text() -> np.ndarray:
+    """[N] uint8"""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in folder.rglob("*.py") if not LEFT_OUT & set(path.relative_to(folder).parts)]
+    return np.frombuffer(b"".join(path.read_bytes() for path in sorted(files)), np.uint8)
+
+
+def batches(text: np.ndarray, seed: int, batch: int, length: int) -> Iterator[np.ndarray]:
+    """Batches # [batch, length + 1] of blocks that overlap by the one token that is never predicted, without end."""
+    starts, random = np.arange((len(text) - 1) // length) * length, np.random.default_rng(seed)
+    order = np.empty(0, dtype=np.int64)
+    while True:
+        while len(order) < batch:
+            order = np.concatenate((order, random.permutation(starts)))
+        yield text[order[:batch, None] + np.arange(length + 1)]
+        order = order[batch:]
+
+
+def train(arm: str, seed: int, setup: Setup) -> dict[str, Any]:
+    """The loss of each step, seconds a step, and the tokens of each expert in the last one # [layers, experts]."""
+    torch.set_num_threads(1)
+    fp8: Mode = {"fp8": setup.fp8, "fp8_emulated": "emulate"}.get(arm, "off")  # type: ignore[assignment]
+    stage = StageConfig(
+        max_steps=setup.steps, learning_rate=6e-4, warmup_steps=setup.steps // 10, lr_scheduler_type="cosine"
+    )
+    model = build(setup.model, seed, fp8, device=setup.device)
+    learner = Learner("", stage, model=model, device=setup.device)
+    steps = min(EMULATED_STEPS, setup.steps) if arm == "fp8_emulated" else setup.steps
+    data = islice(batches(text(), seed, setup.batch, setup.length), steps)
+    losses, seconds, counts, start = [], [], None, time.perf_counter()
+    for stats in updates(learner, data, 2 if arm == "bf16_rounding" else 1):
+        losses.append(mean_loss(stats))  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+        start += seconds[-1]
+        counts = stats["sum/expert_counts"].tolist()
+        if len(losses) % 50 in (1, 5, 0):
+            print(f"{arm}, seed {seed}, step {len(losses)}: {losses[-1]:.4f}", flush=True)
+    return {"losses": losses, "seconds": float(np.median(seconds)), "expert_tokens": counts}
+
+
+def smoothed(losses: Sequence[float]) -> np.ndarray:
+    """Exponential moving average # [steps]."""
+    average = [losses[0]]
+    for loss in losses[1:]:
+        average.append(SMOOTHING * average[-1] + (1 - SMOOTHING) * loss)
+    return np.array(average)
+
+
+def difference(losses: Sequence[float], base: Sequence[float]) -> np.ndarray:
+    """Signed relative difference of the smoothed losses in percent # [steps], as many as both have."""
+    steps = min(len(losses), len(base))
+    a, b = smoothed(losses[:steps]), smoothed(base[:steps])
+    return 100 * (a - b) / b
+
+
+def summary(runs: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Differences in percent: from BF16 at the end and, without sign, the largest of the second half; of the kernels
+    from their emulation, not smoothed, the largest of the first steps."""
+    found: dict[str, Any] = {"bound_percent": BOUND}
+    losses = {key: run["losses"] for key, run in runs.items()}
+    for arm in ("bf16_rounding", "fp8"):
+        each = [difference(losses[arm, seed], losses["bf16", seed]) for seed in seeds]
+        found[arm] = {
+            "difference_percent": round(float(np.mean([d[-1] for d in each])), 3),
+            "by_seed": [round(float(d[-1]), 3) for d in each],
+            "largest_of_second_half": [round(float(np.abs(d[len(d) // 2 :]).max()), 3) for d in each],
+        }
+    found["fp8_from_emulated"] = {
+        "largest_percent_of_first_steps": [
+            round(max(abs(100 * (a - b) / b) for a, b in zip(losses["fp8", seed], losses["fp8_emulated", seed])), 4)
+            for seed in seeds
+        ]
+    }
+    found["loss_at_the_end"] = {
+        arm: [round(float(smoothed(losses[arm, seed])[-1]), 5) for seed in seeds] for arm in ARMS[:3]
+    }
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=0, help="0: 200, or 8 of the tiny model")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(arguments)
+    setup, seeds = TINY if args.tiny else FULL, [int(seed) for seed in args.seeds.split(",")]
+    setup = replace(setup, steps=args.steps or setup.steps)
+    before, data, start = machine(), text(), time.perf_counter()
+    if setup.device == "cuda" and before["gpu"] is None:
+        raise SystemExit("error: there is no GPU here; --tiny runs on a CPU")
+    runs = train_all(ARMS, seeds, train, setup)
+    results: dict[str, Any] = {
+        "steps": setup.steps,
+        "tokens_a_step": setup.batch * setup.length,
+        "parameters": build(setup.model, 0, device="meta").num_parameters,
+        "model": dict(setup.model),
+        "mode": setup.fp8,
+        "text": {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data.tobytes()).hexdigest(),
+            "from": f"Python {platform.python_version()}",
+        },
+        "versions": versions("triton"),
+        **summary(runs, seeds),
+    }
+    tokens = np.array(runs["fp8", seeds[0]]["expert_tokens"])
+    results["tokens_of_an_expert"] = {"least": int(tokens.min()), "mean": tokens.mean(), "most": int(tokens.max())}
+    # two runs at a time on one GPU, and small matrices: no measurement of speed
+    seconds = {arm: np.median([runs[arm, seed]["seconds"] for seed in seeds]) for arm in ARMS}
+    results["seconds_a_step"] = {arm: round(float(value), 4) for arm, value in seconds.items()}
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    print(json.dumps(results, indent=1), flush=True)
+    curves = {f"{arm}, seed {seed}": run["losses"] for (arm, seed), run in runs.items()}
+    results["curves"] = {name: [round(loss, 4) for loss in losses] for name, losses in curves.items()}
+    if not args.tiny:
+        print(write_result("fp8_training_gpu", __doc__ or "", before, results))
+
+
+if __name__ == "__main__":
+    main()
