@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import DeepseekV3Config
 from model.fp8 import reference
@@ -29,7 +29,8 @@ def computed_state(model: Any, in_fp8: Collection[str] = ()) -> Iterator[tuple[s
     """Every (published name, tensor) of a DeepSeek-V3 model, or of a MergedModel (model.lora) around one; codes and
     scales of what is `in_fp8`. Stacked experts are cast as one.
     """
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    modules: Any = getattr(model, "named_modules", tuple)()  # a MergedModel has none, and its model no FP8
+    config: DeepseekV3Config = model.config
     layers = {
         f"{prefix}.{leaf}": (module, *part)
         for prefix, module in modules
@@ -38,16 +39,16 @@ def computed_state(model: Any, in_fp8: Collection[str] = ()) -> Iterator[tuple[s
     }
     for name, tensor in model.state_dict().items():
         tensor, layer, blocks = tensor.detach(), layers.get(name), None
-        published = next(to_hf(name, tensor, model.config))[0]  # an engine has all experts of a layer in FP8, or none
+        published = next(to_hf(name, tensor, config))[0]  # an engine has all experts of a layer in FP8, or none
         if published in in_fp8:
             if layer is not None:
                 blocks = _blocks(layer[0].recipe, layer[0].codes(layer[1], *layer[2]), layer[3])
-            yield from _coded(name, *(blocks or _cast(tensor)), tensor.dim(), model.config)
+            yield from _coded(name, *(blocks or _cast(tensor)), tensor.dim(), config)
         elif layer is not None:
             values = layer[0].values(layer[1], *layer[2])[:, layer[3]]
-            yield from to_hf(name, values if tensor.dim() == 3 else values[0], model.config)
+            yield from to_hf(name, values if tensor.dim() == 3 else values[0], config)
         else:
-            yield from to_hf(name, tensor, model.config)
+            yield from to_hf(name, tensor, config)
 
 
 def _coded(
