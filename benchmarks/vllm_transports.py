@@ -3,9 +3,9 @@
     python -m benchmarks.vllm_transports [--layers 4] [--engines 1] [--transports broadcast,ipc,object_store,disk]
     python -m benchmarks.vllm_transports --tiny      # the same on a CPU with a tiny model (gloo, shared memory)
 
-A real run on Ray for each transport: GRPO steps of all weights of a Moonlight-shaped model with random weights, every
-tensor pushed and proved after each step. Learner and engines have a GPU each; with ipc they share one. Needs Ray and
-vLLM, and two GPUs of 80 GB for broadcast.
+GRPO steps on Ray for each transport, a process of its own: all weights of a Moonlight-shaped model with random weights,
+every tensor pushed and proved after each step. Learner and engines have a GPU each; with ipc they share one. Needs Ray
+and vLLM, and two GPUs of 80 GB for broadcast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ import torch
 
 from benchmarks.common import ROOT, machine, quartiles, versions, write_result
 from benchmarks.vllm_grpo import drawn, write_model
-from grpo.log import load_metrics
+from grpo.alarms import Alarms
+from grpo.cluster import Cluster, check_gpus
+from grpo.config import load_config
+from grpo.data import PromptCursor
+from grpo.log import RunLog, load_metrics
+from grpo.loop import Run, run_loop
+from grpo.partial import Rollouts
+from grpo.prepare import prepare
+from grpo.progress import Progress
 
 KINDS = ("broadcast", "ipc", "object_store", "disk")
 
@@ -63,34 +71,35 @@ def configuration(folder: Path, transport: str, engines: int, steps: int, tiny: 
     }
 
 
-def run_transport(file: Path, timeout: float) -> dict[str, Any]:
-    """Trains by the configuration of a file, in a process of its own -> what its steps say of the sync."""
-    config = json.loads(file.read_text())
+def run_transport(folder: Path, transport: str, engines: int, steps: int, tiny: bool, file: Path) -> None:
+    """GRPO steps, and what they say of the sync, to `file`. Without the checkpoint that a run ends with."""
+    config = load_config(configuration(folder, transport, engines, steps, tiny))
+    check_gpus(config)
+    prepared, run_dir = prepare(config), Path(config.run.output_dir)
     start = time.perf_counter()
-    command = [sys.executable, "-m", "grpo.cli", "train", str(file)]
-    with (file.parent / f"{file.stem}.log").open("w") as log:
-        try:
-            code = subprocess.run(command, cwd=ROOT, timeout=timeout, stdout=log, stderr=subprocess.STDOUT).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-    found: dict[str, Any] = {"exit_code": code, "seconds": time.perf_counter() - start}
-    if code:
-        return found | {"output": (file.parent / f"{file.stem}.log").read_text()[-3000:]}
-    rows = [row for row in load_metrics(config["run"]["output_dir"]) if row["step"] > 0]
+    with Cluster(config, folder, folder) as cluster:
+        started = time.perf_counter() - start
+        cluster.sync_weights(0)
+        cursor = PromptCursor(prepared.prompts, config.run.seed)
+        with RunLog(run_dir) as log, Progress(steps) as progress:
+            rollouts = Rollouts(config, cluster, cursor)
+            run = Run(config, cluster, rollouts, [], prepared.tokenizer, log, progress, Alarms({}), lambda _: None)
+            run_loop(run, first_step=1)
+    rows = load_metrics(run_dir)
     sync, proof = ([row[key] for row in rows] for key in ("time/sync", "time/weight_check"))
-    return (
-        found
-        | {
-            "engines": config["rollout"]["num_workers"],
-            "bytes": rows[-1]["sync/bytes"],
-            "sync_seconds": quartiles(sync[1:]),  # the first meets cold caches and, by NCCL, builds the group
-            "first_sync_seconds": sync[0],
-            "proof_seconds": quartiles(proof[1:]),
-            "gigabytes_per_second": rows[-1]["sync/bytes"] / quartiles(sync[1:])["median"] / 1e9,
-            "sampling_logp_difference": [row["sampling/sampling_logp_difference/mean"] for row in rows],
-            "policy_versions": [row["policy_version"] for row in rows],
-        }
-    )
+    size = rows[-1]["sync/bytes"]
+    found = {
+        "engines": config.rollout.num_workers,
+        "start_seconds": started,
+        "bytes": size,
+        "sync_seconds": quartiles(sync[1:]),
+        "first_sync_seconds": sync[0],
+        "proof_seconds": quartiles(proof[1:]),
+        "gigabytes_per_second": size / quartiles(sync[1:])["median"] / 1e9,
+        "sampling_logp_difference": [row["sampling/sampling_logp_difference/mean"] for row in rows],
+        "policy_versions": [row["policy_version"] for row in rows],
+    }
+    file.write_text(json.dumps(found))
 
 
 def main() -> None:
@@ -101,7 +110,13 @@ def main() -> None:
     parser.add_argument("--transports", default=",".join(KINDS))
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one run may take")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--one", default="", help="a transport, in this process: what the others call")
+    parser.add_argument("--folder", default="", help="of --one: the model's")
     args = parser.parse_args()
+    if args.one:
+        folder = Path(args.folder)
+        run_transport(folder, args.one, args.engines, args.steps, args.tiny, folder / f"{args.one}.json")
+        return
     chosen = args.transports.split(",")
     if unknown := set(chosen) - set(KINDS):
         parser.error(f"--transports {sorted(unknown)} are unknown; choose from {', '.join(KINDS)}")
@@ -115,9 +130,14 @@ def main() -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         for transport in chosen:
-            file = folder / f"{transport}.yaml"
-            file.write_text(json.dumps(configuration(folder, transport, args.engines, args.steps, args.tiny)))
-            results[transport] = run_transport(file, args.timeout)
+            file = folder / f"{transport}.json"
+            command = [sys.executable, "-m", "benchmarks.vllm_transports", "--one", transport, "--folder", made]
+            command += ["--steps", str(args.steps), "--engines", str(args.engines), *(["--tiny"] if args.tiny else [])]
+            try:
+                done = subprocess.run(command, cwd=ROOT, timeout=args.timeout).returncode
+            except subprocess.TimeoutExpired:
+                done = -1
+            results[transport] = {"exit_code": done} | (json.loads(file.read_text()) if file.exists() else {})
             print(transport, json.dumps(results[transport], indent=1), flush=True)
             if not args.tiny:
                 write_result("vllm_transports", __doc__ or "", before, results)
