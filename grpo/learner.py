@@ -58,17 +58,18 @@ class Learner:
         fp8: Fp8Mode = "off",
         fp8_recipe: str = "blockwise",
         exact_sync: bool = False,
+        shares_gpu: bool = False,
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
         engines are held against. `model`: what to train, where it is not the policy in model_dir. `transport`: takes
         the weights to the engines; None: object_store. `delta_sync`: see `weights`. `device`: where it computes.
         `fp8`, `fp8_recipe`: see to_fp8; what is saved or travels is the parameters in `dtype`, not their codes.
-        `exact_sync`: what FP8 layers keep in FP32 travels so, for engines that make the same codes of it. Raises
-        ValueError for a bad directory.
+        `exact_sync`: what FP8 layers keep in FP32 travels so, for engines that make the same codes of it. `shares_gpu`:
+        another process or vLLM has the GPU between steps. Raises ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
-        self.exact_sync = exact_sync
+        self.exact_sync, self.shares_gpu = exact_sync, shares_gpu
         if model is None:
             model = load_model(model_dir, getattr(torch, dtype), device)
             to_fp8(model, fp8, fp8_recipe)
@@ -149,7 +150,8 @@ class Learner:
         metrics |= {"loss": _mean(losses), "grad_norm": _mean(norms), "learning_rate": lr}
         if self.policy.device.type == "cuda":
             metrics["memory/learner_gib"] = used_gib()
-            release_cache()  # an engine on the same GPU may need it for the rollout
+        if self.shares_gpu:  # not otherwise: to map the memory again takes a tenth of a step
+            release_cache()
         return StepStats(self.policy_version, metrics)
 
     def update(self, batches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, float, float, Stats]:
@@ -249,7 +251,7 @@ class Learner:
     def release_weights(self, posted: Sequence[Bucket]) -> None:
         """Every engine has loaded: what was kept for them goes."""
         self.transport.release(posted)
-        if self.policy.device.type == "cuda":
+        if self.shares_gpu:
             release_cache()
 
     def check_rerouted(self, found: Rerouted) -> None:
