@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._C._profiler import _RecordFunctionFast
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -47,7 +48,7 @@ def labelled(learner: Learner) -> Iterator[None]:
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 # torch's own record_function leaves out kernels that no operator launches, as Triton's of the optimiser
-                with torch._C._profiler._RecordFunctionFast(PREFIX + label):
+                with _RecordFunctionFast(PREFIX + label):
                     return inner(*args, **kwargs)
 
             stack.enter_context(mock.patch.object(owner, name, call))

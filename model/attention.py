@@ -85,14 +85,14 @@ class MultiheadLatentAttention(nn.Module):
         c, k_rope = self.kv_a_proj_with_mqa(h).split((self.latent_rank, self.rope_dim), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(c))
         widths = Widths(self.num_heads, self.nope_dim, self.rope_dim, self.value_dim)
-        index = torch.cat([bucket.pad_index.flatten() for bucket in layout.buckets])
         q, k, v = attention_rows(
-            self.queries(h), kv, k_rope, cos, sin, index, layout.uses, layout.use_starts, widths
+            self.queries(h), kv, k_rope, cos, sin, layout.places, layout.uses, layout.use_starts, widths
         )  # [P, n_h, ..]
         sizes = [bucket.pad_index.numel() for bucket in layout.buckets]
         rows = []
         for bucket, *parts in zip(layout.buckets, q.split(sizes), k.split(sizes), v.split(sizes)):
-            rows.append(causal_attention(*(x.unflatten(0, bucket.shape) for x in parts), self.scale).flatten(0, 1))
+            q_b, k_b, v_b = (x.unflatten(0, bucket.shape) for x in parts)  # [B, L, n_h, ..]
+            rows.append(causal_attention(q_b, k_b, v_b, self.scale).flatten(0, 1))
         out = rows[0] if len(rows) == 1 else torch.cat(rows)
         return self.o_proj(restored(out, layout.restore).flatten(1))
 

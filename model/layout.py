@@ -4,6 +4,7 @@ Invariant: every packed token is produced exactly once, and no T x T mask ever e
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -131,6 +132,11 @@ class SequenceLayout:
     def from_batch(cls, batch: int, length: int, device: torch.device | str = "cpu") -> Self:
         """The layout of plain inputs [B, T], flattened: B causal sequences of equal length."""
         return cls.from_segments(np.arange(batch + 1) * length).to(device)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[P] int64: the token at each place of the concatenated flattened rows."""
+        return torch.cat([bucket.pad_index.flatten() for bucket in self.buckets])
 
     def __len__(self) -> int:
         """Number of packed tokens T."""

@@ -19,6 +19,7 @@ DEVICE = "cuda" if GPU else "cpu"
 kernel = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 if GPU or INTERPRETED:
+    from model.kernels import norms
     from model.kernels.adamw import adamw_
     from model.kernels.attention import Widths, attention_rows, restored
     from model.kernels.experts import collect, combine, gated, gated_rows, spread
@@ -179,9 +180,10 @@ def test_tokens_come_back_from_rows(dtype: torch.dtype) -> None:
 
 @kernel
 @DTYPES
-@pytest.mark.parametrize("rows, width, stride", [(7, 24, 24), (700, 50, 64), (3, 2048, 2100)])
-def test_rms_norm(dtype: torch.dtype, rows: int, width: int, stride: int) -> None:
+@pytest.mark.parametrize("rows, width, stride", [(7, 24, 24), (5, 50, 64), (2, 2048, 2100)])
+def test_rms_norm(dtype: torch.dtype, rows: int, width: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64, of rows that stand apart; more rows than programs of the backward pass."""
+    monkeypatch.setattr(norms, "PROGRAMS", 3)
     x, weight = normal(rows, stride, dtype=dtype)[:, :width], normal(width, dtype=dtype)
     upstream = normal(rows, width, dtype=dtype)
     exact = [t.double().requires_grad_() for t in (x, weight)]
