@@ -114,7 +114,7 @@ def _by_part(events: list[FunctionEvent], cuda: bool) -> dict[str, Any]:
         for name, duration in ran if cuda else [(event.name, event.self_cpu_time_total)]:
             kind = "product" if PRODUCT.search(name) else "cast" if CAST.search(name) else "other"
             parts[part][kind] += duration / 1000
-            entry = kernels[part, name[:90]]
+            entry = kernels[part, name[:150]]
             entry[0] += duration / 1000
             entry[1] += 1
             launches += 1
