@@ -49,8 +49,6 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, target, norm = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None  # under an adapter the head stays as it is
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(target), ctx.rows):
             part = slice(start, start + ctx.rows)
             logits = ctx.kept.pop(start, None)  # [r, V]; the gradient is written over them
@@ -66,17 +64,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad.scatter_add_(1, target[part, None], torch.ones_like(grad[:, :1]))
                 grad = (grad * (grad_logprobs[part, None] / ctx.temperature)).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.T, hidden[part])
+            if ctx.needs_input_grad[1]:
+                grad_weight = _sum_of_products(grad_weight, grad.T, hidden[part])
+        if ctx.needs_input_grad[1] and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total # [N, K] float32 += a # [N, M] times b # [M, K], by the product itself where it can."""
+def _sum_of_products(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total # [N, K] float32 (None: nothing) plus a # [N, M] times b # [M, K], added by the product where it can."""
     if a.is_cuda and a.dtype == torch.bfloat16:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return (a @ b).float() if total is None else total.add_(a @ b)
 
 
 def token_logprobs(
