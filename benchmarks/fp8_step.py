@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine, quartiles, write_result
-from benchmarks.step_profile import IN_FP8, profiled
+from benchmarks.step_profile import IN_FP8, occupied, profiled
 from benchmarks.vllm_sync import MOONLIGHT
 from grpo.config import GRPOConfig
 from grpo.learner import Learner
@@ -142,13 +142,17 @@ def measure(
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         result["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
-    with torch.no_grad():
-        result["nll"] = float(-torch.cat([learner.logprobs(b) for b in batches]).mean())
-    shown = {key: result.get(key) for key in ("mfu", "peak_gib", "reserved_gib", "alloc_retries", "nll")}
+    shown = {key: result.get(key) for key in ("mfu", "peak_gib", "reserved_gib", "alloc_retries")}
     print(f"{side}: {result['seconds']} {shown}", flush=True)
     if args.profile:
         result["profile"] = profiled(learner, [batches])
         show(side, result["profile"])
+        if cuda:
+            result["device"] = occupied(learner, [batches])
+            print(f"{side}: {result['device']}", flush=True)
+    with torch.no_grad():
+        result["nll"] = float(-torch.cat([learner.logprobs(b) for b in batches]).mean())
+    print(f"{side}: nll {result['nll']:.4f}", flush=True)
     return result
 
 

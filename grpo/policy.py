@@ -121,14 +121,12 @@ def _collect(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """Moves the gradient of a parameter to its FP32 master."""
     grad, parameter.grad = parameter.grad, None
     assert grad is not None
-    if master.grad is None:
-        master.grad = grad.float()
-    elif usable(grad) and grad.is_contiguous():
-        from model.kernels.gradients import add_
+    if usable(grad):
+        from model.kernels.gradients import added
 
-        add_(master.grad, grad)
+        master.grad = added(master.grad, grad)
     else:
-        master.grad.add_(grad)
+        master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 
 
 class DeepseekV3Policy(Policy):

@@ -157,7 +157,7 @@ def by_expert(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     # a sort by radix takes a pass for each byte of its keys
     keys = routing.experts.flatten().to(torch.uint8 if len(routing.counts) <= 256 else torch.int32)
     order = keys.argsort(stable=True)
-    return order, order // routing.experts.shape[1], routing.counts.cumsum(0).to(torch.int32)
+    return order, order // routing.experts.shape[1], routing.counts.cumsum(0, dtype=torch.int32)
 
 
 def inverse_order(order: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ if GPU or INTERPRETED:
     from model.kernels.adamw import adamw_
     from model.kernels.attention import Widths, attention_rows, restored
     from model.kernels.experts import collect, combine, gated, gated_rows, spread
-    from model.kernels.gradients import add_
+    from model.kernels.gradients import added
     from model.kernels.logprobs import chosen_logprobs, logits_gradient_
     from model.kernels.norms import rms_norm
 
@@ -205,7 +205,8 @@ def test_rms_norm(dtype: torch.dtype, rows: int, width: int, stride: int, monkey
 def test_gradients_are_added(dtype: torch.dtype) -> None:
     total, x = normal(37, 301), normal(37, 301, dtype=dtype)
     want = total + x.float()
-    assert add_(total, x) is total and torch.equal(total, want)
+    assert added(total, x) is total and torch.equal(total, want)
+    assert torch.equal(added(None, x.t()), x.t().float())
 
 
 @pytest.mark.skipif(not GPU, reason="products of BF16 with a result in FP32 need a GPU")
