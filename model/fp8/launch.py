@@ -8,9 +8,10 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-INTERPRET = triton.knobs.runtime.interpret
+INTERPRET = knobs.runtime.interpret
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -25,7 +26,8 @@ def launch(
     if INTERPRET:
         kernel[grid](*args, *constants, **options)
         return
-    key: list[Any] = [id(kernel), triton.runtime.driver.active.get_current_device(), constants, *options.values()]
+    driver: Any = triton.runtime.driver.active
+    key: list[Any] = [id(kernel), driver.get_current_device(), constants, *options.values()]
     for x in args:
         if type(x) is int:
             key.append((x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 1 << 31))
@@ -42,6 +44,6 @@ def launch(
 
 def descriptor(x: Tensor, block_shape: list[int], layout: Any) -> TensorDescriptor:
     """TensorDescriptor.from_tensor without its checks, for x that is contiguous, aligned and not empty."""
-    made = object.__new__(TensorDescriptor)
+    made: Any = object.__new__(TensorDescriptor)
     made.base, made.shape, made.strides, made.block_shape, made.layout = x, x.shape, x.stride(), block_shape, layout
     return made
