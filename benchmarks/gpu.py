@@ -23,7 +23,7 @@ Times = dict[str, float]
 
 def bench(action: Callable[[], Any]) -> Times:
     """Milliseconds: median and the 10th and 90th percentile."""
-    low, middle, high = do_bench(action, warmup=20, rep=80, quantiles=[0.1, 0.5, 0.9])
+    low, middle, high = do_bench(action, warmup=15, rep=50, quantiles=[0.1, 0.5, 0.9])
     return {"ms": middle, "p10": low, "p90": high}
 
 

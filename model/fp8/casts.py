@@ -3,7 +3,7 @@
 One kernel writes the row-wise form, the column-wise form or both from a block of 128 tokens x 128 channels, of the rows
 as they stand or gathered by token. Scales of rows are M-major and those of columns K-major, as products read them.
 
-What bounds it are instructions, so channels go in pairs: two BF16 are loaded, compared and masked as one word, and
+Instructions count as much as bytes, so channels go in pairs: two BF16 are loaded, compared and masked as one word, and
 codes are made two at a time, of neighbouring channels for rows and of neighbouring tokens for columns, which leaves
 words of four tokens to be transposed and not bytes.
 """
@@ -92,8 +92,8 @@ def quotient(x, scale, inverse, other, HALF: tl.constexpr, UE8M0: tl.constexpr, 
     """x / scale as IEEE rounds it, in few operations: the general division takes 8 and a branch.
 
     Powers of two need no correction. Of HALF (x was BF16): the product with the upper half of the inverse is exact, so
-    two operations divide with one rounding; tests/model/test_fp8_exact.py has all cases. Otherwise a quotient from the
-    rounded inverse and one correction by its exact remainder is the rounded one (Markstein 1990).
+    two operations divide with one rounding (all cases are tested). Otherwise a quotient from the rounded inverse and
+    one correction by its exact remainder is the rounded one (Markstein 1990).
     """
     if INTERPRET:  # its fma rounds twice
         return tl.div_rn(x, scale + tl.zeros_like(x))

@@ -12,7 +12,10 @@ PAD = 4  # numbers of scales along the contracted dimension are a multiple of th
 
 
 def takes(rows: int, n: int, k: int) -> bool:
-    """Whether F.scaled_mm multiplies # [rows, k] by # [n, k] transposed: a row of scales starts at 16 bytes."""
+    """Whether F.scaled_mm multiplies # [rows, k] by # [n, k] transposed: scales of 128 numbers begin at 16 bytes.
+
+    What it does not take it refuses with an error (torch 2.11, CUDA 13.0), so all others are the grouped kernel's.
+    """
     return rows > 0 and rows % 4 == 0 and n % 16 == 0 and k % 16 == 0
 
 

@@ -210,7 +210,7 @@ def _backward_columns_kernel(
 
 # Of the programs that write rows: rows, warps, registers a thread. Of those that write columns, three outputs of 128
 # tokens each: channels, how many a thread has side by side, warps, registers; 4 tokens and 4 channels a thread.
-ROWS, COLUMNS = (32, 4, 80), (32, 4, 8, 80)
+ROWS, COLUMNS = (16, 4, 64), (32, 4, 8, 80)
 
 
 def swiglu_backward(
