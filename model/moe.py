@@ -111,9 +111,14 @@ def expert_counts(experts: Tensor, num_experts: int, mask: Tensor | None = None)
     Integers: exact, whatever the order, and without the host synchronisation of bincount.
     """
     layers = experts.shape[1]
-    index = experts + num_experts * torch.arange(layers, device=experts.device)[:, None]  # [T, L, K]
-    counted = torch.ones_like(index) if mask is None else mask[:, None, None].to(index.dtype).expand_as(index)
-    counts = index.new_zeros(layers * num_experts).scatter_add_(0, index.flatten(), counted.flatten())
+    index = experts  # [T, L, K]
+    if layers > 1:
+        index = experts + num_experts * torch.arange(layers, device=experts.device)[:, None]
+    if mask is None:
+        counted = index.new_ones(()).expand(index.numel())
+    else:
+        counted = mask[:, None, None].to(index.dtype).expand_as(index).flatten()
+    counts = index.new_zeros(layers * num_experts).scatter_add_(0, index.flatten(), counted)
     return counts.view(layers, num_experts)
 
 

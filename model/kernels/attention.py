@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8.launch import launch
+
 HEADS = 16  # at a time
 WARPS = 4
 
@@ -102,10 +104,8 @@ class _Rows(torch.autograd.Function):
         assert k_rope.stride(1) == 1, f"{k_rope.stride()=}"
         out = [torch.empty(P, heads, width, dtype=q.dtype, device=q.device) for width in (*[nope + rope] * 2, value)]
         block = min(HEADS, triton.next_power_of_2(heads))
-        _rows_kernel[(P,)](
-            q, kv, k_rope, cos, sin, index, *out, k_rope.stride(0), heads, nope, rope, value, block,
-            num_warps=WARPS,
-        )  # fmt: skip
+        args = (q, kv, k_rope, cos, sin, index, *out, k_rope.stride(0), heads)
+        launch(_rows_kernel, (P,), args, (nope, rope, value, block), num_warps=WARPS)
         ctx.save_for_backward(cos, sin, uses, starts)
         ctx.widths, ctx.shapes = widths, (q.shape, kv.shape, k_rope.shape)
         return out[0], out[1], out[2]
@@ -115,10 +115,8 @@ class _Rows(torch.autograd.Function):
         heads, nope, rope, value = ctx.widths
         out = [torch.empty(shape, dtype=grads[0].dtype, device=grads[0].device) for shape in ctx.shapes]
         block = min(HEADS, triton.next_power_of_2(heads))
-        _rows_backward_kernel[(len(out[0]),)](
-            *(grad.contiguous() for grad in grads), *ctx.saved_tensors, *out, heads, nope, rope, value, block,
-            num_warps=WARPS,
-        )  # fmt: skip
+        args = (*(grad.contiguous() for grad in grads), *ctx.saved_tensors, *out, heads)
+        launch(_rows_backward_kernel, (len(out[0]),), args, (nope, rope, value, block), num_warps=WARPS)
         return *out, None, None, None, None, None, None
 
 

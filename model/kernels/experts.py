@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8.launch import launch
+
 BLOCK = 1024  # channels of a row at a time
 
 
@@ -30,7 +32,8 @@ def combine(y: Tensor, inverse: Tensor) -> Tensor:
     y, out = y.contiguous(), torch.empty(T, y.shape[1], dtype=y.dtype, device=y.device)
     if T:
         block = min(2048, triton.next_power_of_2(y.shape[1]))
-        _combine_kernel[(triton.cdiv(y.shape[1], block) * T,)](y, inverse, out, y.shape[1], K, block, num_warps=8)
+        grid, D = (triton.cdiv(y.shape[1], block) * T,), y.shape[1]
+        launch(_combine_kernel, grid, (y, inverse, out, D), (K, block), num_warps=8)
     return out
 
 
@@ -110,7 +113,8 @@ def _forward(gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
     if M:
         block = min(BLOCK, triton.next_power_of_2(I))
         routed = gate if weight is None else weight
-        _gated_kernel[(triton.cdiv(I, block) * M,)](gate, up, routed, out, stride, I, weight is not None, block)
+        grid, constants = (triton.cdiv(I, block) * M,), (weight is not None, block)
+        launch(_gated_kernel, grid, (gate, up, routed, out, stride, I), constants)
     return out
 
 
@@ -123,9 +127,8 @@ def _backward(
     if M:
         block = min(BLOCK, triton.next_power_of_2(I))
         routed, d_routed = (gate, grad) if weight is None else (weight, d_weight)
-        _gated_backward_kernel[(M,)](
-            gate, up, routed, grad, d_gate, d_up, d_routed, stride, I, weight is not None, block
-        )
+        args = (gate, up, routed, grad, d_gate, d_up, d_routed, stride, I)
+        launch(_gated_backward_kernel, (M,), args, (weight is not None, block))
     return d_weight
 
 

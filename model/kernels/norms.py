@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8.launch import launch
+
 PROGRAMS = 528  # of a backward pass, each with a sum of the weight's gradient: four on each of 132 multiprocessors
 
 
 @triton.jit
-def _forward_kernel(x, weight, out, inverse, stride, D, eps, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(x, weight, out, inverse, stride, D, eps: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     value = tl.load(x + row * stride + columns, columns < D, other=0.0).to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
@@ -54,9 +56,8 @@ class _RMSNorm(torch.autograd.Function):
         inverse = torch.empty(T, dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(D)
         if T:
-            _forward_kernel[(T,)](
-                x, weight, out, inverse, x.stride(0), D, eps, x.dtype != torch.float32, block, num_warps=_warps(block)
-            )
+            args, constants = (x, weight, out, inverse, x.stride(0), D), (eps, x.dtype != torch.float32, block)
+            launch(_forward_kernel, (T,), args, constants, num_warps=_warps(block))
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -68,9 +69,8 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = torch.empty(programs, D, dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(D)
         if T:
-            _backward_kernel[(programs,)](
-                x, weight, grad, inverse, d_x, d_weight, x.stride(0), T, D, block, num_warps=_warps(block)
-            )
+            args = (x, weight, grad, inverse, d_x, d_weight, x.stride(0), T, D)
+            launch(_backward_kernel, (programs,), args, (block,), num_warps=_warps(block))
         return d_x, d_weight.sum(0).to(weight.dtype), None
 
 
