@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine, quartiles, write_result
-from benchmarks.step_profile import IN_FP8, profiled
+from benchmarks.step_profile import IN_FP8, occupied, profiled
 from benchmarks.vllm_sync import MOONLIGHT
 from grpo.config import GRPOConfig
 from grpo.learner import Learner
@@ -141,14 +141,18 @@ def measure(
     if cuda:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    with torch.no_grad():
-        result["nll"] = float(-torch.cat([learner.logprobs(b) for b in batches]).mean())
-    print(
-        f"{side}: {result['seconds']} MFU {result['mfu']:.3f} peak {result.get('peak_gib')} GiB nll {result['nll']:.4f}"
-    )
+        result["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    shown = {key: result.get(key) for key in ("mfu", "peak_gib", "reserved_gib", "alloc_retries")}
+    print(f"{side}: {result['seconds']} {shown}", flush=True)
     if args.profile:
         result["profile"] = profiled(learner, [batches])
         show(side, result["profile"])
+        if cuda:
+            result["device"] = occupied(learner, [batches])
+            print(f"{side}: {result['device']}", flush=True)
+    with torch.no_grad():
+        result["nll"] = float(-torch.cat([learner.logprobs(b) for b in batches]).mean())
+    print(f"{side}: nll {result['nll']:.4f}", flush=True)
     return result
 
 
@@ -218,7 +222,8 @@ def main() -> None:
         results["fp8_over_bf16"] = median["bf16"] / median["fp8"]
         print(f"FP8 is {results['fp8_over_bf16']:.3f} times as fast as BF16", flush=True)
     claim = "A GRPO learner step of a Moonlight-shaped model is faster in FP8 than in BF16, in less memory."
-    write_result("fp8_step" if not args.tiny else "fp8_step_tiny", claim, before, results)
+    if not args.tiny:
+        write_result("fp8_step" if args.row == 8192 else f"fp8_step_{args.row}", claim, before, results)
 
 
 if __name__ == "__main__":

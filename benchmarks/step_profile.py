@@ -15,8 +15,9 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._C._profiler import _RecordFunctionFast
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 import grpo.learner
 import model.attention
@@ -46,7 +47,8 @@ def labelled(learner: Learner) -> Iterator[None]:
             inner = getattr(owner, name)
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                with record_function(PREFIX + label):
+                # torch's own record_function leaves out kernels that no operator launches, as Triton's of the optimiser
+                with _RecordFunctionFast(PREFIX + label):
                     return inner(*args, **kwargs)
 
             stack.enter_context(mock.patch.object(owner, name, call))
@@ -97,6 +99,29 @@ def profiled(learner: Learner, minibatches: Sequence[Sequence[PackedBatch]]) -> 
     return _by_part(list(prof.events() or []), cuda)
 
 
+def occupied(learner: Learner, minibatches: Sequence[Sequence[PackedBatch]]) -> dict[str, Any]:
+    """Milliseconds of a step from its first kernel to the end of its last, and of kernels; where it is idle longest:
+    (milliseconds, the kernel before, the kernel after) of the ten longest gaps, and gaps by length in microseconds."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        learner.step(minibatches)
+        torch.cuda.synchronize()
+    ran = sorted((e.time_range.start, e.time_range.end, e.name[:60]) for e in prof.events() or [])
+    ran = [kernel for kernel in ran if not kernel[2].startswith(NOT_KERNELS)]
+    gaps, until, before = [], ran[0][0], ran[0][2]
+    for start, end, name in ran:
+        if start > until:
+            gaps.append(((start - until) / 1000, before, name))
+        if end > until:
+            until, before = end, name
+    span = (until - ran[0][0]) / 1000
+    lengths: dict[str, float] = {}
+    for bound in (2, 5, 20, 100, 1000, 1e9):
+        lengths[f"below {bound:g} us"] = sum(gap[0] for gap in gaps if gap[0] * 1000 < bound) - sum(lengths.values())
+    busy = span - sum(gap[0] for gap in gaps)
+    return {"span": span, "busy": busy, "idle": lengths, "longest": sorted(gaps, reverse=True)[:10]}
+
+
 def _by_part(events: list[FunctionEvent], cuda: bool) -> dict[str, Any]:
     events.sort(key=lambda e: e.time_range.start)
     forward: dict[int, str] = {}  # sequence number -> part; of those with one number the last makes the node
@@ -112,7 +137,7 @@ def _by_part(events: list[FunctionEvent], cuda: bool) -> dict[str, Any]:
         for name, duration in ran if cuda else [(event.name, event.self_cpu_time_total)]:
             kind = "product" if PRODUCT.search(name) else "cast" if CAST.search(name) else "other"
             parts[part][kind] += duration / 1000
-            entry = kernels[part, name[:90]]
+            entry = kernels[part, name[:150]]
             entry[0] += duration / 1000
             entry[1] += 1
             launches += 1

@@ -60,6 +60,7 @@ class Learner:
         fp8: Mode = "off",
         fp8_recipe: str = "blockwise",
         exact_sync: bool = False,
+        shares_gpu: bool = False,
     ) -> None:
         """`reference_dir`: weights of the reference policy; None: model_dir. `lora`: train an adapter, drawn by `seed`,
         on the weights of model_dir, which are then the reference as well. `canaries`: weights travel with prompts that
@@ -67,10 +68,11 @@ class Learner:
         the weights to the engines; None: object_store. `delta_sync`: see `weights`. `device`: where it computes.
         `fp8`, `fp8_recipe`: see to_fp8; what is saved is the parameters in `dtype`, what travels is what layers
         multiply by (model/fp8/published.py). `exact_sync`: what FP8 layers keep in FP32 travels so instead, for engines
-        that make the same codes of it. Raises ValueError for a bad directory.
+        that make the same codes of it. `shares_gpu`: another process or vLLM has the GPU between steps. Raises
+        ValueError for a bad directory.
         """
         self.config, self.temperature, self.canaries = config, temperature, canaries
-        self.exact_sync = exact_sync
+        self.exact_sync, self.shares_gpu = exact_sync, shares_gpu
         self.engine_fp8: frozenset[str] = frozenset()  # published names of what engines have in FP8
         if model is None:
             model = load_model(model_dir, getattr(torch, dtype), device)
@@ -152,7 +154,8 @@ class Learner:
         metrics |= {"loss": _mean(losses), "grad_norm": _mean(norms), "learning_rate": lr}
         if self.policy.device.type == "cuda":
             metrics["memory/learner_gib"] = used_gib()
-            release_cache()  # an engine on the same GPU may need it for the rollout
+        if self.shares_gpu:  # not otherwise: to map the memory again takes a tenth of a step
+            release_cache()
         return StepStats(self.policy_version, metrics)
 
     def update(self, batches: Sequence[PackedBatch], loss_fn: LossFn) -> tuple[float, float, float, Stats]:
@@ -258,7 +261,7 @@ class Learner:
     def release_weights(self, posted: Sequence[Bucket]) -> None:
         """Every engine has loaded: what was kept for them goes."""
         self.transport.release(posted)
-        if self.policy.device.type == "cuda":
+        if self.shares_gpu:
             release_cache()
 
     def check_rerouted(self, found: Rerouted) -> None:

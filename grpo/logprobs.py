@@ -1,7 +1,8 @@
 """Log-probabilities and entropies of chosen tokens from hidden states, without ever holding [R, vocab] for a batch.
 
-Logits exist for one chunk of rows at a time; the backward pass computes them again. Chunks are of fixed size, so the
-numbers do not depend on how a batch is cut into micro-batches. R: rows, d: hidden size, V: vocabulary.
+Logits exist for one chunk of rows at a time; the backward pass computes them again, unless those of a micro-batch on a
+GPU take little memory and are kept. Chunks are of fixed size, so the numbers do not depend on how a batch is cut into
+micro-batches. R: rows, d: hidden size, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from model.kernels import usable
 
 CHUNK_LOGITS = 1 << 22  # logits held at a time, 16 MiB in float32
 CHUNK_LOGITS_ON_A_GPU = 1 << 29  # 1 GiB in bfloat16: enough rows that reading and writing the head does not dominate
+KEPT_ON_A_GPU = 4 << 30  # bytes of logits up to which they are kept: those of 13,000 rows of 160,000 in bfloat16
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -21,6 +23,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         rows = max(1, (CHUNK_LOGITS_ON_A_GPU if fused else CHUNK_LOGITS) // weight.shape[0])
         logprobs = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         entropy, norm = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        size = len(target) * weight.shape[0] * hidden.element_size()
+        keeps = fused and any(ctx.needs_input_grad) and size <= KEPT_ON_A_GPU
+        ctx.kept = {}  # first row -> logits
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
             logits = hidden[part] @ weight.T  # [r, V]
@@ -28,6 +33,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 from model.kernels.logprobs import chosen_logprobs
 
                 chosen_logprobs(logits, target[part], temperature, logprobs[part], entropy[part], norm[part])
+                if keeps:
+                    ctx.kept[start] = logits
                 continue
             log_all = torch.log_softmax(logits.float() / temperature, dim=-1)  # [r, V]
             logprobs[part] = log_all.gather(1, target[part, None])[:, 0]
@@ -42,11 +49,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, target, norm = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None  # under an adapter the head stays as it is
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, len(target), ctx.rows):
             part = slice(start, start + ctx.rows)
-            logits = hidden[part] @ weight.T  # [r, V]
+            logits = ctx.kept.pop(start, None)  # [r, V]; the gradient is written over them
+            if logits is None:
+                logits = hidden[part] @ weight.T
             # d logp[target] / d logits = onehot - softmax
             if ctx.fused:
                 from model.kernels.logprobs import logits_gradient_
@@ -57,9 +64,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad.scatter_add_(1, target[part, None], torch.ones_like(grad[:, :1]))
                 grad = (grad * (grad_logprobs[part, None] / ctx.temperature)).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[part]
+            if ctx.needs_input_grad[1]:
+                grad_weight = _sum_of_products(grad_weight, grad.T, hidden[part])
+        if ctx.needs_input_grad[1] and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _sum_of_products(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total # [N, K] float32 (None: nothing) plus a # [N, M] times b # [M, K], added by the product where it can."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return (a @ b).float() if total is None else total.add_(a @ b)
 
 
 def token_logprobs(

@@ -20,6 +20,7 @@ from grpo.records import PackedBatch
 from grpo.router import trained_tokens
 from model import SequenceLayout
 from model.fp8.modules import adding_to_gradients
+from model.kernels import usable
 from model.lora import LoraAdapter
 from model.modeling import DeepseekV3PreTrainedModel
 from model.moe import TopkRouter, balanced_bias, expert_counts, sequence_balance_loss
@@ -41,8 +42,9 @@ class AuxiliaryLosses:
 
 def layout_of(batch: PackedBatch) -> SequenceLayout:
     """On the batch's device."""
-    layout = SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids)
-    return layout.to(batch.input_ids.device)
+    device = batch.input_ids.device
+    few = device.type == "cuda"
+    return SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids, few_shapes=few).to(device)
 
 
 class Policy(ABC):
@@ -117,9 +119,14 @@ class Policy(ABC):
 
 def _collect(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """Moves the gradient of a parameter to its FP32 master."""
-    assert parameter.grad is not None
-    master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
-    parameter.grad = None
+    grad, parameter.grad = parameter.grad, None
+    assert grad is not None
+    if usable(grad):
+        from model.kernels.gradients import added
+
+        master.grad = added(master.grad, grad)
+    else:
+        master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 
 
 class DeepseekV3Policy(Policy):

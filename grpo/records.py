@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.layout import moved
 from rewards.records import Score
 from rollout.records import Completion
 
@@ -100,11 +101,7 @@ class PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cu_seqlens", "parent")}
         return replace(
             self,
-            **{
-                name: tensor.to(device, non_blocking=device.type == "cuda")
-                for name, tensor in tensors.items()
-                if isinstance(tensor, torch.Tensor)
-            },
+            **{name: moved(tensor, device) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)},
         )
 
 

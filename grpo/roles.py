@@ -194,6 +194,8 @@ def learner_role(config: Config, model_dir: str, reference_dir: str, weight_dir:
         fp8=config.model.fp8,
         fp8_recipe=config.model.fp8_recipe,
         exact_sync=config.rollout.engine == "embedded",  # it computes in FP8 as the learner does
+        # an embedded engine in this process takes its memory from the same allocator
+        shares_gpu=config.run.learner_gpus < 1 or (config.one_process and config.rollout.engine == "vllm"),
     )
 
 

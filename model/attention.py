@@ -84,18 +84,17 @@ class MultiheadLatentAttention(nn.Module):
 
         c, k_rope = self.kv_a_proj_with_mqa(h).split((self.latent_rank, self.rope_dim), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(c))
-        row = max(self.nope_dim + self.rope_dim, self.value_dim)
-        widths = Widths(self.num_heads, self.nope_dim, self.rope_dim, self.value_dim, row)
-        index = torch.cat([bucket.pad_index.flatten() for bucket in layout.buckets])
+        widths = Widths(self.num_heads, self.nope_dim, self.rope_dim, self.value_dim)
         q, k, v = attention_rows(
-            self.queries(h), kv, k_rope, cos, sin, index, layout.uses, layout.use_starts, widths
+            self.queries(h), kv, k_rope, cos, sin, layout.places, layout.uses, layout.use_starts, widths
         )  # [P, n_h, ..]
         sizes = [bucket.pad_index.numel() for bucket in layout.buckets]
         rows = []
         for bucket, *parts in zip(layout.buckets, q.split(sizes), k.split(sizes), v.split(sizes)):
-            rows.append(causal_attention(*(x.unflatten(0, bucket.shape) for x in parts), self.scale).flatten(0, 1))
+            q_b, k_b, v_b = (x.unflatten(0, bucket.shape) for x in parts)  # [B, L, n_h, ..]
+            rows.append(causal_attention(q_b, k_b, v_b, self.scale).flatten(0, 1))
         out = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return self.o_proj(restored(out, layout.restore, self.value_dim).flatten(1))
+        return self.o_proj(restored(out, layout.restore).flatten(1))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -104,8 +103,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k # [B, L, n_h, d_qk], v # [B, L, n_h, d_v] -> # [B, L, n_h, d_v].
     """
     width, extra = v.shape[-1], q.shape[-1] - v.shape[-1]
-    if extra > 0:
-        # The fused kernels want equal head widths; zero columns in v only add zero columns to the result.
+    if extra > 0 and not q.is_cuda:
+        # The CPU's fused kernel wants equal head widths; zero columns in v only add zero columns to the result. On an
+        # H200 they made attention a third slower.
         v = F.pad(v, (0, extra))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale

@@ -16,6 +16,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if usable(x):
+            from model.kernels.norms import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # As transformers: normalise in FP32 (rms_norm does), round, then multiply by the weight.

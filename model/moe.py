@@ -1,7 +1,7 @@
 """DeepSeekMoE (arXiv 2412.19437, section 2.1.2): router, routed experts, shared experts, and balancing."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class TopkRouter(nn.Module):
         routed_experts replays a recorded choice: indices are taken from it, weights are recomputed with gradient.
         A token whose row holds -1 was not recorded and is routed normally.
         """
-        logits = F.linear(x.float(), self.weight.float())  # [T, E], FP32: near-ties must not flip
+        logits = router_logits(x, self.weight)  # [T, E], FP32: near-ties must not flip
         scores = logits.sigmoid()
         with torch.no_grad():
             experts, differs = self.select(scores), None  # [T, K]
@@ -78,15 +78,47 @@ class TopkRouter(nn.Module):
         return Routing(experts, weights * self.scaling, scores, counts, differs)
 
 
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x # [T, d], weight # [E, d] -> x weight^T # [T, E] float32, summed in FP32."""
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+        return _LogitsOfBF16.apply(x, weight)  # type: ignore[no-any-return]
+    return F.linear(x.float(), weight.float())
+
+
+class _LogitsOfBF16(torch.autograd.Function):
+    """The same on a GPU's tensor cores, which multiply BF16 numbers exactly and add them up in FP32.
+
+    A gradient in FP32 is multiplied as the sum of two BF16 numbers, with an error of 2^-17.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        high = grads[0].bfloat16()
+        parts = torch.cat((high, (grads[0] - high).bfloat16()), 1)  # [T, 2E]
+        of_high, of_low = torch.mm(parts.t(), x, out_dtype=torch.float32).chunk(2)  # [E, d]
+        return parts @ weight.repeat(2, 1), (of_high + of_low).to(weight.dtype)
+
+
 def expert_counts(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
     """Tokens per layer and expert # [L, E] int64, from experts # [T, L, K] and mask # [T] bool (None: all count).
 
     Integers: exact, whatever the order, and without the host synchronisation of bincount.
     """
     layers = experts.shape[1]
-    index = experts + num_experts * torch.arange(layers, device=experts.device)[:, None]  # [T, L, K]
-    counted = torch.ones_like(index) if mask is None else mask[:, None, None].to(index.dtype).expand_as(index)
-    counts = index.new_zeros(layers * num_experts).scatter_add_(0, index.flatten(), counted.flatten())
+    index = experts  # [T, L, K]
+    if layers > 1:
+        index = experts + num_experts * torch.arange(layers, device=experts.device)[:, None]
+    if mask is None:
+        counted = index.new_ones(()).expand(index.numel())
+    else:
+        counted = mask[:, None, None].to(index.dtype).expand_as(index).flatten()
+    counts = index.new_zeros(layers * num_experts).scatter_add_(0, index.flatten(), counted)
     return counts.view(layers, num_experts)
 
 
@@ -132,8 +164,10 @@ def by_expert(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
 
     Choices ends[e-1]:ends[e] are those of expert e, ends # [E] int32.
     """
-    order = routing.experts.flatten().argsort(stable=True)
-    return order, order // routing.experts.shape[1], routing.counts.cumsum(0).to(torch.int32)
+    # a sort by radix takes a pass for each byte of its keys
+    keys = routing.experts.flatten().to(torch.uint8 if len(routing.counts) <= 256 else torch.int32)
+    order = keys.argsort(stable=True)
+    return order, order // routing.experts.shape[1], routing.counts.cumsum(0, dtype=torch.int32)
 
 
 def inverse_order(order: Tensor) -> Tensor:

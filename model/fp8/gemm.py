@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from model.fp8.launch import descriptor, launch
 from model.fp8.tiles import Tiles
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
@@ -178,17 +178,16 @@ def grouped_product(
         raise ValueError(
             f"model.fp8 is 'on', but a product of {N} by {K} is no multiple of 16 by 16; set it to emulate"
         )
-    a_desc = TensorDescriptor.from_tensor(codes, [BLOCK_M, BLOCK_K], SHARED)
-    b_desc = TensorDescriptor.from_tensor(weight.view(E * N, K), [BLOCK_N, BLOCK_K], SHARED)
+    a_desc = descriptor(codes, [BLOCK_M, BLOCK_K], SHARED)
+    b_desc = descriptor(weight.view(E * N, K), [BLOCK_N, BLOCK_K], SHARED)
     slabs = -(-K // BLOCK_K)
     # FP32 tiles leave from the registers: there is no room to stage them.
     staged, layout = dtype == torch.bfloat16, gl.NVMMASharedLayout(128, 8 * out.element_size(), 2)
-    out_desc = TensorDescriptor.from_tensor(out, [64, 128 if staged else 32], layout)
+    out_desc = descriptor(out, [64, 128 if staged else 32], layout)
     grid = (min(processors(codes.device), tiles.most * -(-N // BLOCK_N)),)
-    grouped_kernel[grid](
-        a_desc, b_desc, out_desc, scales, weight_scales, out, tiles.table, tiles.count, N, slabs, *scales.stride(),
-        *weight_scales.stride(), staged, SUPER, STAGES, num_warps=4,
-    )  # fmt: skip
+    args = a_desc, b_desc, out_desc, scales, weight_scales, out, tiles.table, tiles.count, N, slabs
+    strides = *scales.stride(), *weight_scales.stride()
+    launch(grouped_kernel, grid, (*args, *strides), (staged, SUPER, STAGES), num_warps=4)
     return out
 
 

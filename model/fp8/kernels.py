@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from model.fp8 import casts, reference, swiglu
+from model.fp8 import casts, dense, reference, swiglu
 from model.fp8.forms import Columns, Recipe, Rows, Weight
 from model.fp8.gemm import grouped_product
 from model.fp8.tiles import tiles
@@ -52,23 +52,30 @@ quantize_gradient, permute_gradient = quantize_both, permute_quantize
 
 def quantize_weight(w: Tensor, recipe: Recipe) -> Weight:
     """w # [E, N, K] FP32 or BF16 -> its blocks and the same bytes transposed, in one pass."""
-    codes, scales, codes_t = casts.cast_weight(w.contiguous(), recipe.ue8m0)
-    return Weight(codes, scales, codes_t, scales.transpose(1, 2))
+    return Weight(*casts.cast_weight(w.contiguous(), recipe.ue8m0))
 
 
 def grouped_linear(x: Rows, w: Weight, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x # [M, K] times w[e]^T for the rows of group e, w # [E, N, K] -> # [M, N]."""
-    return grouped_product(*x, w.codes, w.scales, tiles(ends, len(x.codes), x.codes.device), dtype)
+    return _product(x, w.codes, w.scales, ends, dtype)
 
 
 def grouped_dgrad(g: Rows, w: Weight, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
     """g # [M, N] times w[e] for the rows of group e, w # [E, N, K] -> # [M, K]."""
-    return grouped_product(*g, w.codes_t, w.scales_t, tiles(ends, len(g.codes), g.codes.device), dtype)
+    return _product(g, w.codes_t, w.scales_t, ends, dtype)
+
+
+def _product(x: Rows, codes: Tensor, scales: Tensor, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if ends is None and dense.takes(len(x.codes), *codes.shape[1:]) and (padded := dense.padded(scales[0])) is not None:
+        return dense.product(*x, codes[0], padded, dtype)
+    return grouped_product(*x, codes, scales, tiles(ends, len(x.codes), x.codes.device), dtype)
 
 
 def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
     """g^T x of each group, g # of [M, N], x # of [M, K] -> # [E, N, K] in dtype, or added to into, float32."""
-    return grouped_outer(g.codes, g.scales, x.codes, x.scales, g.starts, dtype, into)
+    if len(g.starts) == 2 and into is None and dense.takes(len(g.codes), len(x.codes), g.codes.shape[1]):
+        return dense.outer(*g[:2], *x[:2], dtype)[None]
+    return grouped_outer(*g[:2], *x[:2], g.starts, dtype, into)
 
 
 def swiglu_quantize(gate_up: Tensor, recipe: Recipe, weight: Tensor | None = None) -> tuple[Rows, Rows]:

@@ -16,9 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from model.fp8.gemm import SHARED, processors
+from model.fp8.launch import descriptor, launch
 from model.fp8.tiles import largest_first
 
 ROWS, BLOCK_N, BLOCK_K, STAGES = 64, 192, 128, 3  # ROWS of a tile for each consumer
@@ -80,8 +80,8 @@ def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, st
 
 @gluon.jit
 def _consume(
-    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, staged, out_desc, a_scale, out, starts, order, groups,
-    tiles_n, tiles_k, N, K, ADD: gl.constexpr,
+    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, old, staged, out_desc, a_scale, out, starts, order,
+    groups, tiles_n, tiles_k, N, K, ADD: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = b_ring.shape[0]
     BLOCK_K: gl.constexpr = b_ring.shape[1]
@@ -94,12 +94,11 @@ def _consume(
         n, k = n * 192 + third * 64, k * BLOCK_K
         rows = n + gl.arange(0, 64, ROW)
         a_ptr = a_scale + first * N + rows
-        if ADD:
-            columns = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, ACC))
-            where = out + group.to(gl.int64) * N * K + rows[:, None] * K + columns[None, :]
-            acc = gl.load(where, mask=(rows < N)[:, None] & (columns < K)[None, :], other=0.0)
-        else:
-            acc = gl.zeros([64, BLOCK_K], gl.float32, ACC)
+        if ADD:  # what is added to arrives while the tile is computed
+            tma.store_wait(0)
+            mbarrier.expect(old.index(third), 64 * BLOCK_K * 4)
+            tma.async_copy_global_to_shared(out_desc, [group * N + n, k], old.index(third), staged)
+        acc = gl.zeros([64, BLOCK_K], gl.float32, ACC)
         sa = gl.load(a_ptr, mask=(rows < N) & (first < last), other=0.0)
         for slab in range(first, last):
             stage = step % STAGES
@@ -114,6 +113,9 @@ def _consume(
             acc += running * sb * sa[:, None]
             sa = sa_next
             step += 1
+        if ADD:
+            mbarrier.wait(old.index(third), wave & 1)
+            acc += staged.load(ACC)
         if n + 64 <= N:  # leaves by itself while the next tile is computed
             tma.store_wait(0)
             staged.store(acc.to(staged.dtype))
@@ -141,6 +143,9 @@ def wgrad_kernel(
     staged = gl.allocate_shared_memory(out_desc.dtype, [3, 64, BLOCK_K], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    old = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    for third in gl.static_range(3):
+        mbarrier.init(old.index(third), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=3)
@@ -152,12 +157,12 @@ def wgrad_kernel(
     third2: gl.constexpr = 2
     gl.warp_specialize(
         [
-            (_consume, (third0, a0, b_ring, s_ring, full, empty, staged.index(0), out_desc, a_scale, out, starts, order,
-                        groups, tiles_n, tiles_k, N, K, ADD)),
-            (_consume, (third1, a1, b_ring, s_ring, full, empty, staged.index(1), out_desc, a_scale, out, starts, order,
-                        groups, tiles_n, tiles_k, N, K, ADD)),
-            (_consume, (third2, a2, b_ring, s_ring, full, empty, staged.index(2), out_desc, a_scale, out, starts, order,
-                        groups, tiles_n, tiles_k, N, K, ADD)),
+            (_consume, (third0, a0, b_ring, s_ring, full, empty, old, staged.index(0), out_desc, a_scale, out, starts,
+                        order, groups, tiles_n, tiles_k, N, K, ADD)),
+            (_consume, (third1, a1, b_ring, s_ring, full, empty, old, staged.index(1), out_desc, a_scale, out, starts,
+                        order, groups, tiles_n, tiles_k, N, K, ADD)),
+            (_consume, (third2, a2, b_ring, s_ring, full, empty, old, staged.index(2), out_desc, a_scale, out, starts,
+                        order, groups, tiles_n, tiles_k, N, K, ADD)),
             (_produce, (a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, order, groups,
                         tiles_n, tiles_k)),
         ],
@@ -177,14 +182,12 @@ def grouped_outer(
     out = torch.empty(E, N, K, dtype=dtype, device=a.device) if into is None else into
     if P == 0:
         return out.zero_() if into is None else into
-    a_desc = TensorDescriptor.from_tensor(a, [ROWS, 128], SHARED)
-    b_desc = TensorDescriptor.from_tensor(b, [BLOCK_K, 128], SHARED)
-    s_desc = TensorDescriptor.from_tensor(b_scales, [1, BLOCK_K], FLAT)
+    a_desc = descriptor(a, [ROWS, 128], SHARED)
+    b_desc = descriptor(b, [BLOCK_K, 128], SHARED)
+    s_desc = descriptor(b_scales, [1, BLOCK_K], FLAT)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * out.element_size(), rank=2)
-    out_desc = TensorDescriptor.from_tensor(out.view(E * N, K), [ROWS, BLOCK_K], layout)
+    out_desc = descriptor(out.view(E * N, K), [ROWS, BLOCK_K], layout)
     grid = (min(processors(a.device), E * -(-N // BLOCK_N) * -(-K // BLOCK_K)),)
-    wgrad_kernel[grid](
-        a_desc, b_desc, s_desc, out_desc, a_scales, out, starts, largest_first(starts), E, N, K, STAGES,
-        into is not None, num_warps=4,
-    )  # fmt: skip
+    args = a_desc, b_desc, s_desc, out_desc, a_scales, out, starts, largest_first(starts), E, N, K
+    launch(wgrad_kernel, grid, args, (STAGES, into is not None), num_warps=4)
     return out

@@ -12,18 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8.launch import launch
+
 HEADS = 16  # at a time
 WARPS = 4
 
 
 class Widths(NamedTuple):
-    """Of a head; powers of two. Values are padded with zeros to d_row, as fused attention wants equal widths."""
+    """Of a head; powers of two."""
 
     heads: int
     nope: int
     rope: int
     value: int
-    row: int
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _rotate(x, cos, sin):
 @triton.jit
 def _rows_kernel(
     q, kv, k_rope, cos, sin, index, out_q, out_k, out_v, rope_stride, H,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, ROW: tl.constexpr, HEADS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     token = tl.load(index + place)
@@ -50,23 +51,19 @@ def _rows_kernel(
         keep = head < H
         of_q, of_kv = q + (token * H + head) * WIDTH, kv + (token * H + head) * (NOPE + VALUE)
         row = place * H + head
-        to_q, to_k, to_v = out_q + row * WIDTH, out_k + row * WIDTH, out_v + row * ROW
+        to_q, to_k, to_v = out_q + row * WIDTH, out_k + row * WIDTH, out_v + row * VALUE
         tl.store(to_q + nope, tl.load(of_q + nope, keep), keep)
         rotated = _rotate(tl.load(of_q + NOPE + rope, keep, other=0.0).to(tl.float32), c, s)
         tl.store(to_q + NOPE + rope, rotated.to(out_q.dtype.element_ty), keep)
         tl.store(to_k + nope, tl.load(of_kv + nope, keep), keep)
         tl.store(to_k + NOPE + rope, tl.broadcast_to(key, (HEADS, ROPE)).to(out_k.dtype.element_ty), keep)
         tl.store(to_v + value, tl.load(of_kv + NOPE + value, keep), keep)
-        if ROW > VALUE:
-            zeros = tl.zeros([HEADS, ROPE], out_v.dtype.element_ty)
-            for more in tl.static_range(VALUE, ROW, ROPE):
-                tl.store(to_v + more + rope, zeros, keep & (more + rope < ROW))
 
 
 @triton.jit
 def _rows_backward_kernel(
     d_q, d_k, d_v, cos, sin, uses, starts, out_q, out_kv, out_rope, H,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, ROW: tl.constexpr, HEADS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(starts + token), tl.load(starts + token + 1)
@@ -88,7 +85,7 @@ def _rows_backward_kernel(
             k_nope += tl.load(d_k + row * WIDTH + nope, keep, other=0.0).to(tl.float32)
             k_rope = tl.load(d_k + row * WIDTH + NOPE + rope, keep, other=0.0).to(tl.float32)
             key += tl.sum(k_rope, 0)[None, :]
-            v += tl.load(d_v + row * ROW + value, keep, other=0.0).to(tl.float32)
+            v += tl.load(d_v + row * VALUE + value, keep, other=0.0).to(tl.float32)
         to_q, to_kv = out_q + (token * H + head) * WIDTH, out_kv + (token * H + head) * (NOPE + VALUE)
         tl.store(to_q + nope, q_nope.to(out_q.dtype.element_ty), keep)
         tl.store(to_q + NOPE + rope, _rotate(q_rope, c, s).to(out_q.dtype.element_ty), keep)
@@ -103,27 +100,23 @@ class _Rows(torch.autograd.Function):
         ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, index: Tensor, uses: Tensor,
         starts: Tensor, widths: Widths,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        q, kv, P, (heads, nope, rope, value, row) = q.contiguous(), kv.contiguous(), len(index), widths
+        q, kv, P, (heads, nope, rope, value) = q.contiguous(), kv.contiguous(), len(index), widths
         assert k_rope.stride(1) == 1, f"{k_rope.stride()=}"
-        out = [torch.empty(P, heads, width, dtype=q.dtype, device=q.device) for width in (*[nope + rope] * 2, row)]
+        out = [torch.empty(P, heads, width, dtype=q.dtype, device=q.device) for width in (*[nope + rope] * 2, value)]
         block = min(HEADS, triton.next_power_of_2(heads))
-        _rows_kernel[(P,)](
-            q, kv, k_rope, cos, sin, index, *out, k_rope.stride(0), heads, nope, rope, value, row, block,
-            num_warps=WARPS,
-        )  # fmt: skip
+        args = (q, kv, k_rope, cos, sin, index, *out, k_rope.stride(0), heads)
+        launch(_rows_kernel, (P,), args, (nope, rope, value, block), num_warps=WARPS)
         ctx.save_for_backward(cos, sin, uses, starts)
         ctx.widths, ctx.shapes = widths, (q.shape, kv.shape, k_rope.shape)
         return out[0], out[1], out[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        heads, nope, rope, value, row = ctx.widths
+        heads, nope, rope, value = ctx.widths
         out = [torch.empty(shape, dtype=grads[0].dtype, device=grads[0].device) for shape in ctx.shapes]
         block = min(HEADS, triton.next_power_of_2(heads))
-        _rows_backward_kernel[(len(out[0]),)](
-            *(grad.contiguous() for grad in grads), *ctx.saved_tensors, *out, heads, nope, rope, value, row, block,
-            num_warps=WARPS,
-        )  # fmt: skip
+        args = (*(grad.contiguous() for grad in grads), *ctx.saved_tensors, *out, heads)
+        launch(_rows_backward_kernel, (len(out[0]),), args, (nope, rope, value, block), num_warps=WARPS)
         return *out, None, None, None, None, None, None
 
 
@@ -132,7 +125,7 @@ def attention_rows(
     widths: Widths,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q # [T, n_h (d_n + d_r)] and k_rope # [T, d_r] before rotation, kv # [T, n_h (d_n + d_v)], cos and sin
-    # [T, d_r / 2] -> queries and keys # [P, n_h, d_n + d_r], values # [P, n_h, row].
+    # [T, d_r / 2] -> queries and keys # [P, n_h, d_n + d_r], values # [P, n_h, d_v].
 
     index # [P] int64: the token of each position. Token t is at the positions uses[starts[t] : starts[t + 1]] that
     count, starts # [T + 1]; gradients of others (padding) must be zero and are not read.
@@ -142,19 +135,18 @@ def attention_rows(
 
 class _Restore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, restore: Tensor, value: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, restore: Tensor) -> Tensor:
         ctx.save_for_backward(restore)
         ctx.shape = rows.shape
-        return rows[..., :value].index_select(0, restore)
+        return rows.index_select(0, restore)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (restore,), grad = ctx.saved_tensors, grads[0]
-        out = grad.new_zeros(ctx.shape)
-        out[..., : grad.shape[-1]].index_copy_(0, restore, grad)  # positions differ: nothing to add up
-        return out, None, None
+        # positions differ: nothing to add up
+        return grad.new_zeros(ctx.shape).index_copy_(0, restore, grad), None
 
 
-def restored(rows: Tensor, restore: Tensor, value: int) -> Tensor:
-    """rows # [P, n_h, row], restore # [T] the position of each token -> # [T, n_h, value]."""
-    return _Restore.apply(rows, restore, value)  # type: ignore[no-any-return]
+def restored(rows: Tensor, restore: Tensor) -> Tensor:
+    """rows # [P, n_h, d_v], restore # [T] the position of each token -> # [T, n_h, d_v]."""
+    return _Restore.apply(rows, restore)  # type: ignore[no-any-return]

@@ -10,12 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8.launch import launch
+
 BLOCK = 1024  # channels of a row at a time
 
 
 @triton.jit
 def _combine_kernel(y, inverse, out, D, TOP: tl.constexpr, BLOCK: tl.constexpr):
-    token, columns = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(D, BLOCK)  # in one grid, as its second axis ends at 65,535
+    token, columns = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP):
         row = tl.load(inverse + token * TOP + k).to(tl.int64)
@@ -29,7 +32,8 @@ def combine(y: Tensor, inverse: Tensor) -> Tensor:
     y, out = y.contiguous(), torch.empty(T, y.shape[1], dtype=y.dtype, device=y.device)
     if T:
         block = min(2048, triton.next_power_of_2(y.shape[1]))
-        _combine_kernel[triton.cdiv(y.shape[1], block), T](y, inverse, out, y.shape[1], K, block, num_warps=8)
+        grid, D = (triton.cdiv(y.shape[1], block) * T,), y.shape[1]
+        launch(_combine_kernel, grid, (y, inverse, out, D), (K, block), num_warps=8)
     return out
 
 
@@ -67,8 +71,9 @@ def collect(y: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
 
 @triton.jit
 def _gated_kernel(gate, up, weight, out, stride, I, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(I, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = columns < I
     g = tl.load(gate + row * stride + columns, inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * stride + columns, inside, other=0.0).to(tl.float32)
@@ -108,7 +113,8 @@ def _forward(gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
     if M:
         block = min(BLOCK, triton.next_power_of_2(I))
         routed = gate if weight is None else weight
-        _gated_kernel[triton.cdiv(I, block), M](gate, up, routed, out, stride, I, weight is not None, block)
+        grid, constants = (triton.cdiv(I, block) * M,), (weight is not None, block)
+        launch(_gated_kernel, grid, (gate, up, routed, out, stride, I), constants)
     return out
 
 
@@ -121,9 +127,8 @@ def _backward(
     if M:
         block = min(BLOCK, triton.next_power_of_2(I))
         routed, d_routed = (gate, grad) if weight is None else (weight, d_weight)
-        _gated_backward_kernel[(M,)](
-            gate, up, routed, grad, d_gate, d_up, d_routed, stride, I, weight is not None, block
-        )
+        args = (gate, up, routed, grad, d_gate, d_up, d_routed, stride, I)
+        launch(_gated_backward_kernel, (M,), args, (weight is not None, block))
     return d_weight
 
 

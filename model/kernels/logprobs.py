@@ -30,8 +30,9 @@ def _forward_kernel(logits, target, logprobs, entropy, norm, V, inverse_temperat
 
 @triton.jit
 def _backward_kernel(logits, target, norm, grad, V, inverse_temperature, BLOCK: tl.constexpr):
-    row = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(V, BLOCK)  # in one grid, as its second axis ends at 65,535
+    row = tl.program_id(0) // blocks
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     where = logits + row.to(tl.int64) * V + columns
     x = tl.load(where, columns < V, other=0.0).to(tl.float32) * inverse_temperature
     share = tl.exp(x - tl.load(norm + row))
@@ -55,6 +56,6 @@ def logits_gradient_(logits: Tensor, target: Tensor, temperature: float, norm: T
     R, V = logits.shape
     if R:
         block = min(BLOCK, triton.next_power_of_2(V))
-        grid = (triton.cdiv(V, block), R)
+        grid = (triton.cdiv(V, block) * R,)
         _backward_kernel[grid](logits, target, norm, grad.contiguous(), V, 1 / temperature, block, num_warps=8)
     return logits

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from grpo import GRPOTrainer
+from grpo import GRPOTrainer, logprobs
 from grpo.config import GRPOConfig
 from grpo.learner import Learner
 from grpo.packing import pack
@@ -208,3 +208,23 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path) -> None:
     assert all(row["memory/learner_gib"] > 0 for row in rows[1:])
     GRPOTrainer(None, ["--grpo.max_steps=3"], resume=str(tmp_path / "run")).train()
     assert (tmp_path / "run" / "checkpoints" / "step_3").is_dir()
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+def test_log_probabilities_in_bfloat16(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, logits kept or computed again, against float64; the head's gradient is added up in FP32."""
+    monkeypatch.setattr(logprobs, "KEPT_ON_A_GPU", kept)
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS_ON_A_GPU", 100 * 512)
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, 256).bfloat16() / 4 for n in (330, 512)]
+    target, upstream = torch.randint(512, (330,)), torch.randn(330)
+    exact = [x.double().requires_grad_() for x in inputs]
+    want = torch.log_softmax(exact[0] @ exact[1].t(), -1).gather(1, target[:, None])[:, 0]
+    ours = [x.cuda().requires_grad_() for x in inputs]
+    got, _ = logprobs.token_logprobs(*ours, target.cuda())
+    torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=0.02)
+    wanted = torch.autograd.grad(want, exact, upstream.double())
+    for again in (True, False):  # a second backward pass has to compute the logits that the first one wrote over
+        found = torch.autograd.grad(got, ours, upstream.cuda(), retain_graph=again)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a.cpu().double() - b).norm() < 4e-3 * b.norm()

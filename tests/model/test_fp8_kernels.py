@@ -25,6 +25,7 @@ products = pytest.mark.skipif(not GPU, reason="needs a Hopper GPU")
 SIZES = [[0, 1, 127, 0, 128, 129, 0], [0], [300], [0, 0, 513]]  # tokens of each group
 if GPU or INTERPRETED:
     from model.fp8 import kernels
+    from model.fp8.tiles import largest_first
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run here themselves")
@@ -84,6 +85,22 @@ def test_casts_write_the_reference_bytes_and_scales(sizes: list[int], ue8m0: boo
 
 
 @casts
+def test_every_quotient_of_two_bf16_numbers() -> None:
+    # A tile's scale follows from its largest number, so this is all there is but for powers of two: 128 significands
+    # of the largest by 128 of each other number, of every exponent down to those that become zero.
+    significands = torch.arange(128, 256, device=DEVICE, dtype=torch.float32)
+    other = torch.cat([significands * 2.0**-shift for shift in range(1, 20)])  # [2432], below the largest
+    tiles = torch.nn.functional.pad(other, (0, -len(other) % 127)).view(-1, 127)  # [20, 127]
+    same = torch.where(significands <= significands[:, None], significands, 0)[:, :127]  # of the largest's exponent
+    tiles = torch.cat([tiles.expand(128, -1, -1), same[:, None]], 1)  # [128, 21, 127]
+    x = torch.cat([significands[:, None, None].expand(-1, tiles.shape[1], 1), tiles], 2).flatten(0, 1).bfloat16()
+    rows, columns = kernels.quantize_rows(x, Recipe()), kernels.quantize_both(x.t().contiguous(), None, Recipe())[1]
+    theirs = reference.quantize_rows(x, Recipe())
+    assert_same(rows, theirs)
+    assert_same((columns.codes.t(), columns.scales.t()), (theirs.codes.t(), theirs.scales))
+
+
+@casts
 @pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_cast(ue8m0: bool, dtype: torch.dtype) -> None:
@@ -96,7 +113,7 @@ def test_weight_cast(ue8m0: bool, dtype: torch.dtype) -> None:
 @casts
 @pytest.mark.parametrize("weighted", [False, True])
 def test_swiglu(weighted: bool) -> None:
-    sizes, inner, recipe = [0, 1, 127, 0, 129], 256, Recipe()
+    sizes, inner, recipe = [0, 1, 127, 0, 129], 256 if weighted else 128, Recipe()
     rows, ends = sum(sizes), ends_of(sizes)
     gate_up = torch.randn(rows, 2 * inner, device=DEVICE).bfloat16()
     weight = torch.rand(rows, device=DEVICE) if weighted else None
@@ -110,6 +127,18 @@ def test_swiglu(weighted: bool) -> None:
         assert_near(mine, other)
     if weighted:
         torch.testing.assert_close(ours[3], theirs[3], rtol=1e-4, atol=1e-4)
+
+
+@casts
+def test_tiles_are_made_once() -> None:
+    ends = ends_of([5, 0, 300, 130])
+    first = kernels.tiles(ends, 435, ends.device)
+    assert kernels.tiles(ends, 435, ends.device) is first and kernels.tiles(None, 435, ends.device).most == 4
+    assert first.starts.tolist() == [0, 128, 128, 512, 768] and first.count.tolist() == [6]
+    rows = [[0, 0, 5], [2, 5, 305], [2, 133, 305], [2, 261, 305], [3, 305, 435], [3, 433, 435]]
+    assert first.table[:6, :3].tolist() == rows
+    assert largest_first(first.starts).tolist() == [2, 3, 0, 1]
+    assert largest_first(first.starts.clone()).tolist() == [2, 3, 0, 1]  # made again where it is not known
 
 
 @casts
@@ -285,3 +314,29 @@ def test_a_whole_model(dtype: torch.dtype, inner: int, make_model: Callable[...,
     assert {calls[f"grouped_{kind}"] for kind in ("linear", "dgrad", "wgrad")} == {3 * products}
     assert calls["quantize_weight"] == 3 * products  # anew after each update
     assert calls["combine"] == 3 * 2 * 2 and calls["swiglu_backward"] == 3 * 5
+
+
+@products
+@pytest.mark.parametrize("rows", [4, 1000, 1001])
+@pytest.mark.parametrize("shape", [(256, 512), (208, 144), (576, 2048), (2048, 2816)], ids=str)
+def test_products_of_one_group(rows: int, shape: tuple[int, int]) -> None:
+    # By another library where it takes the shape, by the grouped kernels elsewhere.
+    (n, k), recipe = shape, Recipe()
+    (x, columns), (g, columns_g) = (
+        kernels.quantize_both(torch.randn(rows, width, device=DEVICE), None, recipe) for width in (k, n)
+    )
+    w = kernels.quantize_weight(torch.randn(1, n, k, device=DEVICE), recipe)
+    a, b = reference.dequantize_columns(columns_g).double(), reference.dequantize_columns(columns).double()
+    values = reference.dequantize_weight(w)[0].double()
+    cases = (
+        (kernels.grouped_linear, x, reference.dequantize_rows(x).double(), values.t()),
+        (kernels.grouped_dgrad, g, reference.dequantize_rows(g).double(), values),
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        for product, operand, left, right in cases:
+            poison()
+            exact, bound = left @ right, left.norm(dim=1)[:, None] * right.norm(dim=0)
+            assert_bound(product(operand, w, None, dtype), exact, rounding(bound, exact, dtype))
+        poison()
+        exact, bound = a.t() @ b, a.norm(dim=0)[:, None] * b.norm(dim=0)
+        assert_bound(kernels.grouped_wgrad(columns_g, columns, dtype)[0], exact, rounding(bound, exact, dtype))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from model import DeepseekV3Config, SequenceLayout
+from model.moe import router_logits
 from model.rope import RotaryTables, apply_rope
 
 pytest.importorskip("triton")
@@ -18,10 +19,13 @@ DEVICE = "cuda" if GPU else "cpu"
 kernel = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 if GPU or INTERPRETED:
+    from model.kernels import norms
     from model.kernels.adamw import adamw_
     from model.kernels.attention import Widths, attention_rows, restored
     from model.kernels.experts import collect, combine, gated, gated_rows, spread
+    from model.kernels.gradients import added
     from model.kernels.logprobs import chosen_logprobs, logits_gradient_
+    from model.kernels.norms import rms_norm
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run here themselves")
@@ -131,7 +135,7 @@ def test_attention_rows(dtype: torch.dtype, parent: list[int], make_config: Call
     """Rotation, rows and their gradients against the plain path; a shared prompt is in two rows, one is padded."""
     config = make_config()
     heads, nope, rope, value = 20, config.qk_nope_head_dim, config.qk_rope_head_dim, 16
-    widths = Widths(heads, nope, rope, value, 20)
+    widths = Widths(heads, nope, rope, value)
     lengths = [6, 3, 5, 40, 11]
     layout = SequenceLayout.from_segments(torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]), parent)
     layout = layout.to(DEVICE)
@@ -144,13 +148,15 @@ def test_attention_rows(dtype: torch.dtype, parent: list[int], make_config: Call
         q, kv = q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (heads, -1))
         q = torch.cat((q[..., :nope], apply_rope(q[..., nope:], cos, sin)), -1)
         k = torch.cat((kv[..., :nope], apply_rope(k_rope, cos, sin)[:, None].expand(-1, heads, -1)), -1)
-        return [x.index_select(0, index) for x in (q, k, F.pad(kv[..., nope:], (0, 20 - value)))]
+        return [x.index_select(0, index) for x in (q, k, kv[..., nope:])]
 
     def ours(q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor) -> list[torch.Tensor]:
         return list(attention_rows(q, kv, k_rope, cos, sin, index, layout.uses, layout.use_starts, widths))
 
     counts = torch.zeros(len(index), 1, 1, device=DEVICE).index_fill_(0, layout.uses, 1.0)  # padding has no gradient
-    upstream = [normal(len(index), heads, width).to(dtype) * counts.to(dtype) for width in (nope + rope,) * 2 + (20,)]
+    upstream = [
+        normal(len(index), heads, width).to(dtype) * counts.to(dtype) for width in (nope + rope,) * 2 + (value,)
+    ]
     found = []
     for side, exact in ((plain, torch.float32), (ours, dtype)):
         inputs = [x.to(exact).requires_grad_() for x in (q, kv, latent)]
@@ -165,8 +171,53 @@ def test_attention_rows(dtype: torch.dtype, parent: list[int], make_config: Call
 @DTYPES
 def test_tokens_come_back_from_rows(dtype: torch.dtype) -> None:
     rows, restore = normal(9, 3, 8, dtype=dtype).requires_grad_(), torch.tensor([8, 0, 3, 5], device=DEVICE)
-    got = restored(rows, restore, 6)
-    assert torch.equal(got, rows[restore, :, :6])
-    upstream = normal(4, 3, 6, dtype=dtype)
-    want = torch.autograd.grad(rows[restore, :, :6], rows, upstream)[0]
+    got = restored(rows, restore)
+    assert torch.equal(got, rows[restore])
+    upstream = normal(4, 3, 8, dtype=dtype)
+    want = torch.autograd.grad(rows[restore], rows, upstream)[0]
     assert torch.equal(torch.autograd.grad(got, rows, upstream)[0], want)
+
+
+@kernel
+@DTYPES
+@pytest.mark.parametrize("rows, width, stride", [(7, 24, 24), (5, 50, 64), (2, 2048, 2100)])
+def test_rms_norm(dtype: torch.dtype, rows: int, width: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, of rows that stand apart; more rows than programs of the backward pass."""
+    monkeypatch.setattr(norms, "PROGRAMS", 3)
+    x, weight = normal(rows, stride, dtype=dtype)[:, :width], normal(width, dtype=dtype)
+    upstream = normal(rows, width, dtype=dtype)
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    want = F.rms_norm(exact[0], (width,), exact[1], 1e-5)
+    ours = [t.detach().requires_grad_() for t in (x, weight)]
+    got = rms_norm(ours[0], ours[1], 1e-5)
+    low = dtype == torch.bfloat16
+    tolerance = {"rtol": 2**-6 if low else 1e-5, "atol": 2**-6 if low else 1e-5}
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    wanted, found = torch.autograd.grad(want, exact, upstream.double()), torch.autograd.grad(got, ours, upstream)
+    torch.testing.assert_close(found[0].double(), wanted[0], **tolerance)
+    scale = float(wanted[1].abs().max())
+    torch.testing.assert_close(found[1].double() / scale, wanted[1] / scale, **tolerance)
+    assert rms_norm(x[None], weight, 1e-5).shape == (1, rows, width)
+
+
+@kernel
+@DTYPES
+def test_gradients_are_added(dtype: torch.dtype) -> None:
+    total, x = normal(37, 301), normal(37, 301, dtype=dtype)
+    want = total + x.float()
+    assert added(total, x) is total and torch.equal(total, want)
+    assert torch.equal(added(None, x.t()), x.t().float())
+
+
+@pytest.mark.skipif(not GPU, reason="products of BF16 with a result in FP32 need a GPU")
+def test_router_logits() -> None:
+    """On tensor cores as exact as in FP32, and gradients as exact as BF16 holds them."""
+    x, weight, upstream = normal(300, 512, dtype=torch.bfloat16), normal(64, 512, dtype=torch.bfloat16), normal(300, 64)
+    exact, ours = ([t.to(dtype).requires_grad_() for t in (x, weight)] for dtype in (torch.float64, torch.bfloat16))
+    want, got = exact[0] @ exact[1].t(), router_logits(*ours)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    wanted, found = torch.autograd.grad(want, exact, upstream.double()), torch.autograd.grad(got, ours, upstream)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-3)

@@ -88,6 +88,21 @@ def test_buckets_save_padding() -> None:
     assert [b.shape for b in layout.buckets] == [(20, 10), (3, 200)]
 
 
+def test_few_shapes(make_model: MakeModel) -> None:
+    """Rows of rounded lengths hold the same sequences: the same hidden states, and a padding of at most an eighth."""
+    model, ids = make_model(), torch.randint(0, 40, (int(CU[-1]),))
+    plain, few = (SequenceLayout.from_segments(CU, PARENT, few_shapes=f) for f in (False, True))
+    assert [b.shape[1] for b in few.buckets] == [64] * len(plain.buckets)
+    got, want = (model.forward_packed(ids, layout).hidden for layout in (few, plain))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    shapes = set()
+    for length in range(100, 4096, 7):
+        (bucket,) = SequenceLayout.from_segments([0, length], few_shapes=True).buckets
+        assert length <= bucket.shape[1] < max(length * 9 / 8, length + 64)
+        shapes.add(bucket.shape)
+    assert len(shapes) <= 31
+
+
 @pytest.mark.parametrize(
     ("cu", "parent"), [([0, 3, 3], None), ([1, 3], None), ([0, 2, 4, 6], [-1, 0, 1]), ([0, 2], [1])]
 )
