@@ -185,8 +185,8 @@ class Broadcast(Transport):
         self._leave()
 
     def _leave(self) -> None:
-        group = getattr(self, "group", None)
-        if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
+        group, nccl = getattr(self, "group", None), getattr(dist, "ProcessGroupNCCL", None)
+        if group is not None and nccl is not None and isinstance(group, nccl):
             group.abort()  # else it waits, as it goes, for what a dead engine left unfinished
         self.group: Any = None
         self.epoch = -1  # number of the group; -1: in none
