@@ -16,7 +16,7 @@ def takes(rows: int, n: int, k: int) -> bool:
 
     What it does not take it refuses with an error (torch 2.11, CUDA 13.0), so all others are the grouped kernel's.
     """
-    return rows > 0 and rows % 4 == 0 and n % 16 == 0 and k % 16 == 0
+    return rows > 0 and k > 0 and rows % 4 == 0 and n % 16 == 0 and k % 16 == 0
 
 
 def padded(scales: Tensor) -> Tensor | None:

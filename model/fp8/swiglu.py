@@ -109,7 +109,7 @@ def swiglu_forward(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple
     act = torch.empty(M, I, dtype=torch.float8_e4m3fn, **empty), torch.empty(I // 128, M, **empty)
     saved = torch.empty(M, 2 * I, dtype=torch.float8_e4m3fn, **empty), torch.empty(2 * I // 128, M, **empty)
     if M:
-        block, (half, vector, _) = 32, packing(gate_up)
+        block, (half, vector, _) = 16, packing(gate_up)
         launch(
             _forward_kernel, (I // 128, triton.cdiv(M, block)),
             (words_of(gate_up), gate_up if weight is None else weight, act[0].view(torch.int16), act[1],
