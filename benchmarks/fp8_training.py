@@ -93,22 +93,28 @@ class Language:
 
 
 def build(
-    config: Mapping[str, Any], seed: int, fp8: Mode = "off", ops: Any = None, device: torch.device | str = "cpu"
+    config: Mapping[str, Any],
+    seed: int,
+    fp8: Mode = "off",
+    ops: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> DeepseekV3ForCausalLM:
-    """A new model in BF16; what computes in FP8 has FP32 parameters. The same weights whatever `fp8` says."""
+    """A new model; what computes in FP8 has FP32 parameters. The same weights whatever `fp8` says."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(dict(config))).to(torch.bfloat16)
+        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(dict(config))).to(dtype)
     to_fp8(model, fp8, ops=ops)
     return model
 
 
-def updates(learner: Learner, batches: Iterable[np.ndarray], microbatches: int = 1) -> Iterator[Stats]:
-    """Trains on batches # [B, L] of tokens, an update each, and yields its statistics."""
+def updates(learner: Learner, batches: Iterable[np.ndarray], microbatches: int = 1) -> Iterator[tuple[float, Stats]]:
+    """Trains on batches # [B, L] of tokens, an update each, and yields its gradient's norm and its statistics."""
     for batch in batches:
         targets = batch[:, 1:].size
         samples = [[TrainingSample(tuple(row[:1]), tuple(row[1:]), 1.0 / targets)] for row in batch.tolist()]
-        yield learner.update(pack(samples, targets // microbatches), nll_loss)[3]
+        _, norm, _, stats = learner.update(pack(samples, targets // microbatches), nll_loss)
+        yield norm, stats
 
 
 def mean_loss(stats: Stats) -> float:
@@ -125,7 +131,7 @@ def train(arm: str, seed: int, steps: int, second: float) -> list[float]:
     text = Language(seed, second)
     batches = (text.batch() for _ in range(steps))
     microbatches = 2 if arm == "bf16_rounding" else 1
-    return [mean_loss(stats) for stats in updates(Learner("", stage, model=model), batches, microbatches)]
+    return [mean_loss(stats) for _, stats in updates(Learner("", stage, model=model), batches, microbatches)]
 
 
 def train_all(

@@ -49,6 +49,10 @@ SMALL = {
     "num_attention_heads": 2, "q_lora_rank": 128, "kv_lora_rank": 128, "n_routed_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
 ARMS = ("bf16", "bf16_rounding", "fp8", "fp8_emulated")
+OPTIMIZER = (
+    "learning_rate", "warmup_steps", "lr_scheduler_type", "lr_end_ratio", "weight_decay", "adam_beta1", "adam_beta2",
+    "max_grad_norm", "router_bias_update_rate",
+)  # fmt: skip
 EMULATED_STEPS = 5
 SMOOTHING, BOUND = 0.9, 0.25
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests"}
@@ -64,10 +68,26 @@ class Setup:
     steps: int
     device: str
     fp8: Mode
+    microbatches: int = 2
+    learning_rate: float = 2.2e-4  # at its peak
+    warmup: float = 0.2  # of the steps
+    bias_rate: float = 0.001  # of the routers' balancing
+
+    @property
+    def stage(self) -> StageConfig:
+        """DeepSeek-V3's optimiser; one cosine down to a tenth instead of its many phases."""
+        return StageConfig(
+            max_steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=round(self.warmup * self.steps),
+            lr_scheduler_type="cosine",
+            weight_decay=0.1,
+            router_bias_update_rate=self.bias_rate,
+        )
 
 
 FULL = Setup(MODEL, batch=32, length=1024, steps=200, device="cuda", fp8="on")
-TINY = Setup(MODEL | SMALL, batch=4, length=64, steps=8, device="cpu", fp8="emulate")
+TINY = Setup(MODEL | SMALL, batch=4, length=64, steps=8, device="cpu", fp8="emulate", learning_rate=6e-4)
 
 
 def text() -> np.ndarray:
@@ -88,26 +108,37 @@ def batches(text: np.ndarray, seed: int, batch: int, length: int) -> Iterator[np
         order = order[batch:]
 
 
+def new_learner(setup: Setup, seed: int, fp8: Mode) -> Learner:
+    """With FP32 masters as they were drawn. Rounded to BF16 they would stand on its grid: the first updates, smaller
+    than half a step of it, would move the codes that FP8 makes of masters, and hardly a weight in BF16."""
+    learner = Learner("", setup.stage, model=build(setup.model, seed, fp8, device=setup.device), device=setup.device)
+    drawn = dict(build(setup.model, seed, device=setup.device, dtype=torch.float32).named_parameters())
+    with torch.no_grad():
+        for name, master in zip(learner.policy.names, learner.policy.master):
+            master.copy_(drawn[name])
+    learner.policy.publish()
+    return learner
+
+
 def train(arm: str, seed: int, setup: Setup) -> dict[str, Any]:
-    """The loss of each step, seconds a step, and the tokens of each expert in the last one # [layers, experts]."""
+    """The loss and gradient norm of each step, the tokens of the most loaded expert over the mean, and the median of
+    seconds a step."""
     torch.set_num_threads(1)
     fp8: Mode = {"fp8": setup.fp8, "fp8_emulated": "emulate"}.get(arm, "off")  # type: ignore[assignment]
-    stage = StageConfig(
-        max_steps=setup.steps, learning_rate=6e-4, warmup_steps=setup.steps // 10, lr_scheduler_type="cosine"
-    )
-    model = build(setup.model, seed, fp8, device=setup.device)
-    learner = Learner("", stage, model=model, device=setup.device)
+    learner = new_learner(setup, seed, fp8)
     steps = min(EMULATED_STEPS, setup.steps) if arm == "fp8_emulated" else setup.steps
     data = islice(batches(text(), seed, setup.batch, setup.length), steps)
-    losses, seconds, counts, start = [], [], None, time.perf_counter()
-    for stats in updates(learner, data, 2 if arm == "bf16_rounding" else 1):
+    losses, norms, loads, seconds, start = [], [], [], [], time.perf_counter()
+    for norm, stats in updates(learner, data, setup.microbatches * (2 if arm == "bf16_rounding" else 1)):
         losses.append(mean_loss(stats))  # waits for the GPU
+        norms.append(norm)
+        counts = stats["sum/expert_counts"].float()
+        loads.append(float(counts.max() / counts.mean()))
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
-        counts = stats["sum/expert_counts"].tolist()
         if len(losses) % 50 in (1, 5, 0):
             print(f"{arm}, seed {seed}, step {len(losses)}: {losses[-1]:.4f}", flush=True)
-    return {"losses": losses, "seconds": float(np.median(seconds)), "expert_tokens": counts}
+    return {"losses": losses, "grad_norms": norms, "loads": loads, "seconds": float(np.median(seconds))}
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray:
@@ -164,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {
         "steps": setup.steps,
         "tokens_a_step": setup.batch * setup.length,
+        "optimizer": {key: getattr(setup.stage, key) for key in OPTIMIZER},
         "parameters": build(setup.model, 0, device="meta").num_parameters,
         "model": dict(setup.model),
         "mode": setup.fp8,
@@ -175,9 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions("triton"),
         **summary(runs, seeds),
     }
-    tokens = np.array(runs["fp8", seeds[0]]["expert_tokens"])
-    results["tokens_of_an_expert"] = {"least": int(tokens.min()), "mean": tokens.mean(), "most": int(tokens.max())}
-    # two runs at a time on one GPU, and small matrices: no measurement of speed
+    # of all layers, the last step
+    results["most_loaded_expert_over_mean"] = {
+        arm: [round(runs[arm, seed]["loads"][-1], 2) for seed in seeds] for arm in ARMS[:3]
+    }
+    # several runs at a time on one GPU, and small matrices: no measurement of speed
     seconds = {arm: np.median([runs[arm, seed]["seconds"] for seed in seeds]) for arm in ARMS}
     results["seconds_a_step"] = {arm: round(float(value), 4) for arm, value in seconds.items()}
     results["seconds"] = round(time.perf_counter() - start, 1)
