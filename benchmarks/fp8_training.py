@@ -135,10 +135,10 @@ def train(arm: str, seed: int, steps: int, second: float) -> list[float]:
 
 
 def train_all(
-    arms: Iterable[str], seeds: Sequence[int], train: Callable[..., Any], *args: Any
+    arms: Iterable[str], seeds: Sequence[int], train: Callable[..., Any], *args: Any, at_once: int = 2
 ) -> dict[tuple[str, int], Any]:
-    """What train(arm, seed, *args) gives, two at a time in processes of their own."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    """What train(arm, seed, *args) gives, in processes of their own."""
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
         jobs = {(arm, seed): pool.submit(train, arm, seed, *args) for seed in seeds for arm in arms}
         return {key: job.result() for key, job in jobs.items()}
 

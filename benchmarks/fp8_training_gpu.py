@@ -4,6 +4,7 @@ bound and smoothing of the V3 report (arXiv 2412.19437, appendix B.1).
 
     python -m benchmarks.fp8_training_gpu [--seeds 0,1,2] [--steps 200]      # on a Hopper GPU
     python -m benchmarks.fp8_training_gpu --tiny                             # on a CPU, emulated; writes nothing
+    python -m benchmarks.fp8_training_gpu --plot                             # the kept curves, as a page in runs/
 
 `model.fp8: on` and the plain model, both in BF16 with FP32 master weights, by the learner of `grpo pretrain`. Beside
 them, on the same batches: BF16 again with micro-batches half as large, which differs in rounding alone; and the
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import machine, versions, write_result
+from benchmarks.common import RESULTS, ROOT, machine, versions, write_result
 from benchmarks.fp8_training import build, mean_loss, train_all, updates
 from grpo.config import StageConfig
 from grpo.learner import Learner
@@ -54,6 +55,7 @@ OPTIMIZER = (
     "max_grad_norm", "router_bias_update_rate",
 )  # fmt: skip
 EMULATED_STEPS = 5
+GIB_A_RUN = 14  # of GPU memory: several run at once, as the host is what they wait for
 SMOOTHING, BOUND = 0.9, 0.25
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests"}
 
@@ -180,18 +182,44 @@ def summary(runs: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[i
     return found
 
 
+def plot(curves: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Smoothed losses, and below them their differences from BF16 of the same seed."""
+    from plotly.graph_objects import Scatter
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(2, 1, shared_xaxes=True, subplot_titles=("nats a byte, EMA 0.9", "percent from BF16"))
+    for name, losses in curves.items():
+        arm, seed = name.split(", ")
+        steps = np.arange(1, len(losses) + 1)
+        figure.add_trace(Scatter(x=steps, y=smoothed(losses), name=name), 1, 1)
+        if arm != "bf16":
+            apart = difference(losses, curves[f"bf16, {seed}"])
+            figure.add_trace(Scatter(x=steps, y=apart, name=name, showlegend=False), 2, 1)
+    for bound in (-BOUND, BOUND):
+        figure.add_hline(bound, line_dash="dot", row=2, col=1)  # type: ignore[arg-type]
+    path.parent.mkdir(exist_ok=True)
+    figure.update_layout(height=900).write_html(path, include_plotlyjs=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=0, help="0: 200, or 8 of the tiny model")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--plot", action="store_true")
     args = parser.parse_args(arguments)
+    if args.plot:
+        page = ROOT / "runs" / "fp8_training_gpu.html"
+        plot(json.loads((RESULTS / "fp8_training_gpu.json").read_text())["results"]["curves"], page)
+        return print(page)
     setup, seeds = TINY if args.tiny else FULL, [int(seed) for seed in args.seeds.split(",")]
     setup = replace(setup, steps=args.steps or setup.steps)
     before, data, start = machine(), text(), time.perf_counter()
     if setup.device == "cuda" and before["gpu"] is None:
         raise SystemExit("error: there is no GPU here; --tiny runs on a CPU")
-    runs = train_all(ARMS, seeds, train, setup)
+    room = torch.cuda.mem_get_info()[0] / 2**30 if setup.device == "cuda" else 0
+    at_once = max(2, min(len(ARMS) * len(seeds), int(room / GIB_A_RUN)))
+    runs = train_all(ARMS, seeds, train, setup, at_once=at_once)
     results: dict[str, Any] = {
         "steps": setup.steps,
         "tokens_a_step": setup.batch * setup.length,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,12 @@ def test_differences_are_those_of_smoothed_losses() -> None:
     assert found["bf16_rounding"]["difference_percent"] == 0
     assert found["fp8"] == {"difference_percent": 0.773, "by_seed": [0.773], "largest_of_second_half": [0.773]}
     assert found["fp8_from_emulated"] == {"largest_percent_of_first_steps": [0.9901]}
+
+
+def test_the_page_of_curves(tmp_path: Path) -> None:
+    benchmark.plot({"bf16, seed 4": [2.0, 1.0], "fp8, seed 4": [2.0, 1.5]}, tmp_path / "runs" / "page.html")
+    page = (tmp_path / "runs" / "page.html").read_text()
+    assert page.count('"name":"fp8, seed 4"') == 2 and page.count('"name":"bf16, seed 4"') == 1
 
 
 def test_the_tiny_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
