@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -134,15 +134,6 @@ def train(arm: str, seed: int, steps: int, second: float) -> list[float]:
     return [mean_loss(stats) for _, stats in updates(Learner("", stage, model=model), batches, microbatches)]
 
 
-def train_all(
-    arms: Iterable[str], seeds: Sequence[int], train: Callable[..., Any], *args: Any, at_once: int = 2
-) -> dict[tuple[str, int], Any]:
-    """What train(arm, seed, *args) gives, in processes of their own."""
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
-        jobs = {(arm, seed): pool.submit(train, arm, seed, *args) for seed in seeds for arm in arms}
-        return {key: job.result() for key, job in jobs.items()}
-
-
 def difference(losses: list[float], base: list[float]) -> float:
     """Mean signed relative difference over the last steps, in percent."""
     a, b = np.array(losses[-LAST:]), np.array(base[-LAST:])
@@ -156,7 +147,9 @@ def main() -> None:
     parser.add_argument("--second", type=float, default=0.3)
     args = parser.parse_args()
     before, seeds = machine(), [int(seed) for seed in args.seeds.split(",")]
-    losses = train_all(ARMS, seeds, train, args.steps, args.second)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        jobs = {(arm, seed): pool.submit(train, arm, seed, args.steps, args.second) for seed in seeds for arm in ARMS}
+        losses = {key: job.result() for key, job in jobs.items()}
     results: dict[str, Any] = {
         "steps": args.steps,
         "second": args.second,
