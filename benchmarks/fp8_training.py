@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -93,22 +93,28 @@ class Language:
 
 
 def build(
-    config: Mapping[str, Any], seed: int, fp8: Mode = "off", ops: Any = None, device: torch.device | str = "cpu"
+    config: Mapping[str, Any],
+    seed: int,
+    fp8: Mode = "off",
+    ops: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> DeepseekV3ForCausalLM:
-    """A new model in BF16; what computes in FP8 has FP32 parameters. The same weights whatever `fp8` says."""
+    """A new model; what computes in FP8 has FP32 parameters. The same weights whatever `fp8` says."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(dict(config))).to(torch.bfloat16)
+        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(dict(config))).to(dtype)
     to_fp8(model, fp8, ops=ops)
     return model
 
 
-def updates(learner: Learner, batches: Iterable[np.ndarray], microbatches: int = 1) -> Iterator[Stats]:
-    """Trains on batches # [B, L] of tokens, an update each, and yields its statistics."""
+def updates(learner: Learner, batches: Iterable[np.ndarray], microbatches: int = 1) -> Iterator[tuple[float, Stats]]:
+    """Trains on batches # [B, L] of tokens, an update each, and yields its gradient's norm and its statistics."""
     for batch in batches:
         targets = batch[:, 1:].size
         samples = [[TrainingSample(tuple(row[:1]), tuple(row[1:]), 1.0 / targets)] for row in batch.tolist()]
-        yield learner.update(pack(samples, targets // microbatches), nll_loss)[3]
+        _, norm, _, stats = learner.update(pack(samples, targets // microbatches), nll_loss)
+        yield norm, stats
 
 
 def mean_loss(stats: Stats) -> float:
@@ -125,16 +131,7 @@ def train(arm: str, seed: int, steps: int, second: float) -> list[float]:
     text = Language(seed, second)
     batches = (text.batch() for _ in range(steps))
     microbatches = 2 if arm == "bf16_rounding" else 1
-    return [mean_loss(stats) for stats in updates(Learner("", stage, model=model), batches, microbatches)]
-
-
-def train_all(
-    arms: Iterable[str], seeds: Sequence[int], train: Callable[..., Any], *args: Any
-) -> dict[tuple[str, int], Any]:
-    """What train(arm, seed, *args) gives, two at a time in processes of their own."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        jobs = {(arm, seed): pool.submit(train, arm, seed, *args) for seed in seeds for arm in arms}
-        return {key: job.result() for key, job in jobs.items()}
+    return [mean_loss(stats) for _, stats in updates(Learner("", stage, model=model), batches, microbatches)]
 
 
 def difference(losses: list[float], base: list[float]) -> float:
@@ -150,7 +147,9 @@ def main() -> None:
     parser.add_argument("--second", type=float, default=0.3)
     args = parser.parse_args()
     before, seeds = machine(), [int(seed) for seed in args.seeds.split(",")]
-    losses = train_all(ARMS, seeds, train, args.steps, args.second)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        jobs = {(arm, seed): pool.submit(train, arm, seed, args.steps, args.second) for seed in seeds for arm in ARMS}
+        losses = {key: job.result() for key, job in jobs.items()}
     results: dict[str, Any] = {
         "steps": args.steps,
         "second": args.second,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,15 +46,29 @@ def test_differences_are_those_of_smoothed_losses() -> None:
     assert found["fp8_from_emulated"] == {"largest_percent_of_first_steps": [0.9901]}
 
 
-def test_the_tiny_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main(["--tiny", "--seeds", "3"])
+def test_the_page_of_curves(tmp_path: Path) -> None:
+    benchmark.plot({"bf16, seed 4": [2.0, 1.0], "fp8, seed 4": [2.0, 1.5]}, tmp_path / "runs" / "page.html")
+    page = (tmp_path / "runs" / "page.html").read_text()
+    assert page.count('"name":"fp8, seed 4"') == 2 and page.count('"name":"bf16, seed 4"') == 1
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_the_tiny_benchmark(continued: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["--tiny", "--seeds", "3"] + ["--continued"] * continued)
     results = json.loads(capsys.readouterr().out)
     assert results["mode"] == "emulate" and results["tokens_a_step"] == 256
     assert results["fp8_from_emulated"] == {"largest_percent_of_first_steps": [0.0]}  # one and the same here
     assert 0 < abs(results["fp8"]["difference_percent"]) < 0.5
     assert abs(results["bf16_rounding"]["difference_percent"]) < 0.1
     assert results["loss_at_the_end"]["bf16"][0] < np.log(256) - 0.2
-    assert results["tokens_of_an_expert"]["mean"] == 64  # 256 tokens, 2 of 8 experts each
+    assert 1 < results["most_loaded_expert_over_mean"]["fp8"][0] <= 4  # 8 experts, a token goes to 2
+
+
+def test_masters_are_not_on_the_grid_of_bf16() -> None:
+    plain, fp8 = (benchmark.new_learner(benchmark.TINY, 3, mode) for mode in ("off", "emulate"))
+    for parameter, master, other in zip(plain.policy.parameters, plain.policy.master, fp8.policy.master):
+        assert (parameter == master.bfloat16()).all() and (master == other).all()
+    assert (plain.policy.master[0] != plain.policy.parameters[0]).float().mean() > 0.9
 
 
 def trained(fp8: Mode) -> tuple[np.ndarray, torch.Tensor]:
@@ -69,7 +84,7 @@ def trained(fp8: Mode) -> tuple[np.ndarray, torch.Tensor]:
 
     learner.policy.clip = noted  # type: ignore[method-assign]
     data = islice(benchmark.batches(benchmark.text(), 0, setup.batch, setup.length), 5)
-    return np.array([mean_loss(stats) for stats in updates(learner, data)]), gradients[0]
+    return np.array([mean_loss(stats) for _, stats in updates(learner, data)]), gradients[0]
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
