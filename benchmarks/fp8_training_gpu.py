@@ -25,6 +25,7 @@ import hashlib
 import json
 import multiprocessing
 import platform
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,7 +136,7 @@ def train_before(arm: str, seed: int, setup: Setup, directory: str, gpu: int) ->
     learner = new_learner(setup, seed, "off")
     for norm, stats in updates(learner, islice(_data(setup, seed), setup.before), setup.microbatches):
         last = f"{arm}, seed {seed}: loss {mean_loss(stats):.4f}, gradient norm {norm:.2f}"
-    print(last, flush=True)
+    print(last, file=sys.stderr, flush=True)
     learner.save(Path(directory) / str(seed))
 
 
@@ -158,7 +159,7 @@ def train(arm: str, seed: int, setup: Setup, directory: str, gpu: int) -> dict[s
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
         if len(losses) % 50 in (1, 5, 0):
-            print(f"{arm}, seed {seed}, step {len(losses)}: {losses[-1]:.4f}", flush=True)
+            print(f"{arm}, seed {seed}, step {len(losses)}: {losses[-1]:.4f}", file=sys.stderr, flush=True)
     return {"losses": losses, "grad_norms": norms, "loads": loads, "seconds": float(np.median(seconds))}
 
 
@@ -214,8 +215,11 @@ def summary(runs: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[i
 def run_all(
     arms: Sequence[str], seeds: Sequence[int], job: Callable[..., Any], *args: Any
 ) -> dict[tuple[str, int], Any]:
-    """What job(arm, seed, *args, gpu) gives, each in a process of its own, the runs of a seed on one GPU."""
-    gpus = max(torch.cuda.device_count(), 1)
+    """What job(arm, seed, *args, gpu) gives, each in a process of its own, the runs of a seed on one GPU; without a GPU
+    one after the other."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        return {(arm, seed): job(arm, seed, *args, 0) for arm in arms for seed in seeds}
     with ProcessPoolExecutor(AT_ONCE * min(gpus, len(seeds)), multiprocessing.get_context("spawn")) as pool:
         jobs = {
             (arm, seed): pool.submit(job, arm, seed, *args, index % gpus)
@@ -258,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return print(page)
     setup = CONTINUED if args.continued else FULL
     if args.tiny:
-        setup = replace(TINY, before=8 if args.continued else 0)
+        setup = replace(TINY, before=2 if args.continued else 0)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     before, data, start = machine(), text(), time.perf_counter()
     if setup.device == "cuda" and before["gpu"] is None:
