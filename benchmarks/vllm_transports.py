@@ -39,7 +39,7 @@ KINDS = ("broadcast", "ipc", "object_store", "disk")
 def configuration(folder: Path, transport: str, engines: int, steps: int, tiny: bool) -> dict[str, Any]:
     shared = transport == "ipc" and not tiny
     options: dict[str, Any] = {"enforce_eager": True, "max_model_len": 256 if tiny else 1024}
-    options |= {"kv_cache_gb": 0.05} if tiny else {"kv_cache_gb": 4.0, "gpu_memory_utilization": 0.3}
+    options |= {"kv_cache_gb": 0.05} if tiny else {"kv_cache_gb": 4.0, "gpu_memory_utilization": 0.2}
     return {
         "run": {
             "cluster": "ray",
