@@ -221,14 +221,15 @@ class VllmEngine:
             raise WeightFault(f"weights of version {self.policy_version} in vLLM: {found[0]}{_more(found)}")
 
     def check_canary(self, prompts: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> Rerouted | None:
-        """See rollout.engine.Checked. Caps: float32 1e-4 at most, lower precisions 5e-2 on average, and 0.2 where vLLM
-        quantises what it is given. Below float32, routers with near ties choose other experts here than in the
-        learner: where routes are recorded, the learner judges with them what passes its cap.
+        """See rollout.engine.Checked. Caps: float32 1e-4 at most, lower precisions 5e-2 on average, and 0.4 where vLLM
+        computes in FP8 (seen with random weights: 0.11 at 4 layers of Moonlight, 0.27 at 27). Below float32, routers
+        with near ties choose other experts here than in the learner: where routes are recorded, the learner judges with
+        them what passes its cap.
         """
         got, routes = self.read_prompts(prompts)
         errors = np.abs(np.concatenate([np.subtract(a, b) for a, b in zip(got, logprobs, strict=True)]))
         exact = self.engine.model_config.dtype.itemsize == 4
-        lower = 5e-2 if self.engine.model_config.quantization is None else 0.2
+        lower = 5e-2 if self.engine.model_config.quantization is None else 0.4
         error, cap = (errors.max(), 1e-4) if exact else (errors.mean(), lower)
         if error <= cap:
             return None

@@ -33,10 +33,12 @@ def padded(scales: Tensor) -> Tensor | None:
 def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """codes # [M, K], scales # [M, K/128], weight # [N, K], its padded scales -> # [M, N] in dtype."""
     tile, block = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+    scales = scales.t().contiguous().t()  # M-major as kernels write them; a copy of what the reference made
     return F.scaled_mm(codes, weight.t(), scales, tile, weight_scales, block, output_dtype=dtype)
 
 
 def outer(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """a # [N, P], its scales # [P/128, N], b # [K, P] and its own -> # [N, K] in dtype."""
     tile = ScalingType.BlockWise1x128
-    return F.scaled_mm(a, b.t(), a_scales.t(), tile, b_scales.t(), tile, output_dtype=dtype)
+    a_scales, b_scales = a_scales.contiguous().t(), b_scales.contiguous().t()
+    return F.scaled_mm(a, b.t(), a_scales, tile, b_scales, tile, output_dtype=dtype)
