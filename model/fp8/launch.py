@@ -12,6 +12,8 @@ from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 INTERPRET = knobs.runtime.interpret
+# A compiled kernel is called as Triton 3.6 calls it itself. Where others may do so otherwise, Triton does it all.
+DIRECT = triton.__version__.startswith("3.6.") and not INTERPRET
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -23,7 +25,7 @@ def launch(
     A kernel is compiled for their dtypes, whether pointers are aligned to 16 bytes, whether an integer is 1, a multiple
     of 16 or has 64 bits, and the constants.
     """
-    if INTERPRET:
+    if not DIRECT:
         kernel[grid](*args, *constants, **options)
         return
     driver: Any = triton.runtime.driver.active
