@@ -131,9 +131,7 @@ class Learner:
         )
 
         def loss_fn(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:
-            logprobs, entropy = token_logprobs(
-                hidden.index_select(0, rows.source), head_weight, rows.target, self.temperature
-            )
+            logprobs, entropy = token_logprobs(hidden[rows.source], head_weight, rows.target, self.temperature)
             loss, stats = policy_loss(logprobs, rows, options)
             stats["sum/entropy"] = entropy.sum()
             return loss, stats
@@ -354,7 +352,7 @@ class Learner:
 
 def nll_loss(hidden: torch.Tensor, head_weight: torch.Tensor, rows: PackedBatch) -> tuple[torch.Tensor, Stats]:
     """Next-token loss of supervised stages: minus the weighted log-probabilities of the targets."""
-    logprobs, entropy = token_logprobs(hidden.index_select(0, rows.source), head_weight, rows.target)
+    logprobs, entropy = token_logprobs(hidden[rows.source], head_weight, rows.target)
     stats = {"sum/nll": -logprobs.detach().sum(), "sum/rows": torch.tensor(len(logprobs)), "sum/entropy": entropy.sum()}
     return -(logprobs * rows.weights).sum(), stats
 

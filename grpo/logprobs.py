@@ -18,13 +18,13 @@ KEPT_ON_A_GPU = 4 << 30  # bytes of logits up to which they are kept: those of 1
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature):  # type: ignore[override]
+    def forward(ctx, hidden, weight, target, temperature, differentiable):  # type: ignore[override]
         fused = usable(hidden)
         rows = max(1, (CHUNK_LOGITS_ON_A_GPU if fused else CHUNK_LOGITS) // weight.shape[0])
         logprobs = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         entropy, norm = torch.empty_like(logprobs), torch.empty_like(logprobs)
         size = len(target) * weight.shape[0] * hidden.element_size()
-        keeps = fused and any(ctx.needs_input_grad) and size <= KEPT_ON_A_GPU
+        keeps = fused and differentiable and any(ctx.needs_input_grad) and size <= KEPT_ON_A_GPU
         ctx.kept = {}  # first row -> logits
         for start in range(0, len(target), rows):
             part = slice(start, start + rows)
@@ -68,7 +68,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_weight = _sum_of_products(grad_weight, grad.T, hidden[part])
         if ctx.needs_input_grad[1] and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _sum_of_products(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -88,4 +88,5 @@ def token_logprobs(
     hidden [R, d], head_weight [V, d], target [R] int64 -> logprobs [R] float32 (differentiable), entropy [R] float32
     (no gradient).
     """
-    return _ChunkedLogprobs.apply(hidden, head_weight, target, temperature)  # type: ignore[no-any-return]
+    differentiable = torch.is_grad_enabled()  # inside it never is, and inputs want gradients whether or not
+    return _ChunkedLogprobs.apply(hidden, head_weight, target, temperature, differentiable)  # type: ignore[no-any-return]

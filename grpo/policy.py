@@ -40,10 +40,10 @@ class AuxiliaryLosses:
     router_aux_loss_coef: float = 0.0
 
 
-def layout_of(batch: PackedBatch) -> SequenceLayout:
-    """On the batch's device."""
+def layout_of(batch: PackedBatch, few_shapes: bool = False) -> SequenceLayout:
+    """On the batch's device. few_shapes: see SequenceLayout.from_segments; on a GPU only."""
     device = batch.input_ids.device
-    few = device.type == "cuda"
+    few = few_shapes and device.type == "cuda"
     return SequenceLayout.from_segments(batch.cu_seqlens, batch.parent, batch.position_ids, few_shapes=few).to(device)
 
 
@@ -152,7 +152,7 @@ class DeepseekV3Policy(Policy):
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
     ) -> tuple[torch.Tensor, Stats]:
         model, aux = self.model, self.auxiliary
-        layout = layout_of(batch)
+        layout = layout_of(batch, few_shapes=True)
         out = model.forward_packed(
             batch.input_ids,
             layout,
@@ -215,7 +215,8 @@ class DeepseekV3Policy(Policy):
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
         """[T, d] without gradient."""
-        return self.model.forward_packed(batch.input_ids, layout_of(batch), batch.routed_experts).hidden
+        layout = layout_of(batch, few_shapes=True)
+        return self.model.forward_packed(batch.input_ids, layout, batch.routed_experts).hidden
 
 
 class AdapterOff:

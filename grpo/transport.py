@@ -220,8 +220,8 @@ class Broadcast(Transport):
             for flat in flats(posted, pairs):
                 self._broadcast(flat)
         except RuntimeError:  # torch.distributed's errors
-            self._leave()
             self.store.set(f"{key} group", "-1")  # for engines that wait for it
+            self._leave()
         finally:
             self.store.set(f"{key} over", "")  # for one that comes late
 

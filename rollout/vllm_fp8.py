@@ -25,11 +25,14 @@ METHODS = ("Fp8LinearMethod", "Fp8MoEMethod")  # of layers whose codes come with
 
 
 def engine_options(options: Mapping[str, Any], published: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
-    """vllm.LLM's options where `options` ask for FP8 by blocks; None where they do not, or blocks do not fit.
+    """vllm.LLM's options where `options` ask for FP8 by blocks; None where they do not, or blocks do not fit, or on a
+    GPU after Hopper, for which vLLM casts the weights again.
 
     Weights are then not read by vLLM, which would copy BF16 numbers where codes belong.
     """
     if options.get("quantization") != "fp8_per_block" or not _fits(published):
+        return None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] > 9:
         return None
     overrides = {**options.get("hf_overrides", {}), "quantization_config": SERIALIZED}
     return {**options, "quantization": None, "hf_overrides": overrides, "load_format": "dummy"}

@@ -237,6 +237,7 @@ def _cast_kernel(
 
 def packing(x: Tensor) -> tuple[bool, int, int]:
     """Whether x # [.., K] is BF16, how many numbers of it are loaded at once, how many tokens a thread gets."""
+    assert x.dtype in (torch.float32, torch.bfloat16), f"{x.dtype} is neither float32 nor bfloat16"
     half = x.element_size() == 2
     most = 8 if half else 4  # 16 bytes
     return half, most if x.shape[-1] % most == 0 else 2, 128 * 128 // (32 * WARPS) // most

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from model.fp8.launch import descriptor, launch
+from model.fp8.launch import descriptor, launch, load_tile, store_tile
 from model.fp8.tiles import Tiles
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
@@ -52,8 +52,8 @@ def _produce(a_desc, b_desc, a_ring, b_ring, full, empty, tiles, count, N, slabs
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), BYTES)
-            tma.async_copy_global_to_shared(a_desc, [row, slab * 128], full.index(stage), a_ring.index(stage))
-            tma.async_copy_global_to_shared(b_desc, [column, slab * 128], full.index(stage), b_ring.index(stage))
+            load_tile(a_desc, [row, slab * 128], full.index(stage), a_ring.index(stage))
+            load_tile(b_desc, [column, slab * 128], full.index(stage), b_ring.index(stage))
             step += 1
 
 
@@ -111,8 +111,8 @@ def _consume(
             left_staged.store(left.to(out.dtype.element_ty))
             right_staged.store(right.to(out.dtype.element_ty))
             fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [row, column], left_staged)
-            tma.async_copy_shared_to_global(out_desc, [row, column + 128], right_staged)
+            store_tile(out_desc, [row, column], left_staged)
+            store_tile(out_desc, [row, column + 128], right_staged)
         else:
             _store(left, out, row, end, column, N)
             _store(right, out, row, end, column + 128, N)

@@ -9,7 +9,12 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Tiles from and to memory: the names of Triton 3.9, or those before it.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 INTERPRET = knobs.runtime.interpret
 # A compiled kernel is called as Triton 3.6 calls it itself. Where others may do so otherwise, Triton does it all.

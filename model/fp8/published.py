@@ -84,6 +84,8 @@ def in_blocks(pairs: Iterable[tuple[str, Tensor]], in_fp8: Collection[str]) -> I
 def _cast(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """[E, N, K] or [N, K] -> codes # [E, N, K], scales."""
     stacked = tensor if tensor.dim() == 3 else tensor[None]
+    if stacked.dtype == torch.float16:  # kernels read FP32 and BF16
+        stacked = stacked.float()
     return _quantizer(tensor.device)(stacked, Recipe())[:2]
 
 

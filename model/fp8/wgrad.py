@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from model.fp8.gemm import SHARED, processors
-from model.fp8.launch import descriptor, launch
+from model.fp8.launch import descriptor, launch, load_tile, store_tile
 from model.fp8.tiles import largest_first
 
 ROWS, BLOCK_N, BLOCK_K, STAGES = 64, 192, 128, 3  # ROWS of a tile for each consumer
@@ -70,11 +70,11 @@ def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, st
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, BYTES)
-            tma.async_copy_global_to_shared(b_desc, [k, slab * 128], bar, b_ring.index(stage))
-            tma.async_copy_global_to_shared(s_desc, [slab, k], bar, s_ring.index(stage))
-            tma.async_copy_global_to_shared(a_desc, [n, slab * 128], bar, a0.index(stage))
-            tma.async_copy_global_to_shared(a_desc, [n + 64, slab * 128], bar, a1.index(stage))
-            tma.async_copy_global_to_shared(a_desc, [n + 128, slab * 128], bar, a2.index(stage))
+            load_tile(b_desc, [k, slab * 128], bar, b_ring.index(stage))
+            load_tile(s_desc, [slab, k], bar, s_ring.index(stage))
+            load_tile(a_desc, [n, slab * 128], bar, a0.index(stage))
+            load_tile(a_desc, [n + 64, slab * 128], bar, a1.index(stage))
+            load_tile(a_desc, [n + 128, slab * 128], bar, a2.index(stage))
             step += 1
 
 
@@ -97,7 +97,7 @@ def _consume(
         if ADD:  # what is added to arrives while the tile is computed
             tma.store_wait(0)
             mbarrier.expect(old.index(third), 64 * BLOCK_K * 4)
-            tma.async_copy_global_to_shared(out_desc, [group * N + n, k], old.index(third), staged)
+            load_tile(out_desc, [group * N + n, k], old.index(third), staged)
         acc = gl.zeros([64, BLOCK_K], gl.float32, ACC)
         sa = gl.load(a_ptr, mask=(rows < N) & (first < last), other=0.0)
         for slab in range(first, last):
@@ -120,7 +120,7 @@ def _consume(
             tma.store_wait(0)
             staged.store(acc.to(staged.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [group * N + n, k], staged)
+            store_tile(out_desc, [group * N + n, k], staged)
         elif n < N:  # a copy of 64 rows would reach into the next group's result
             columns = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, ACC))
             where = out + group.to(gl.int64) * N * K + rows[:, None] * K + columns[None, :]

@@ -3,14 +3,19 @@
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
+
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+def _runs_on(device: torch.device) -> bool:
+    """Triton is there, and an NVIDIA GPU of compute capability 8.0 or higher."""
+    nvidia = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return nvidia and find_spec("triton") is not None
 
 
 def usable(x: Tensor) -> bool:
     """Whether kernels can compute on x."""
-    return x.is_cuda and _installed()
+    return x.is_cuda and x.dtype in DTYPES and _runs_on(x.device)
