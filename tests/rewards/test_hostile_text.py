@@ -33,7 +33,8 @@ PIECES = ["{", "}", "\\boxed{", "\\boxed{{", "\\boxed{1} ", "\\boxed", "\\", "$"
 
 
 @pytest.mark.parametrize("text", [*map(filled, PIECES), *("x" + filled(piece) + "x" for piece in ("<", " ", "\\["))])
-def test_a_megabyte_takes_no_inline_rule_more_than_a_tenth_of_a_second(text):
+def test_a_megabyte_takes_no_inline_rule_more_than_half_a_second(text):
+    """A tenth on most machines; a rule that looks at each character more than a few times takes minutes."""
     rewards = build_rewards(INLINE)
     fields = {"answer": "1", "choices": CHOICES}
     for name, part in rewards.parts.items():
@@ -42,9 +43,9 @@ def test_a_megabyte_takes_no_inline_rule_more_than_a_tenth_of_a_second(text):
             start = time.thread_time()  # of this thread alone: a busy machine is not the rule's doing
             part.rule.score([RewardInput("What is one?", text, fields)])
             took.append(time.thread_time() - start)
-            if took[-1] < 0.1:
+            if took[-1] < 0.5:
                 break
-        assert min(took) < 0.1, f"{name} took {min(took):.2f} s on {text[:12]!r}..."
+        assert min(took) < 0.5, f"{name} took {min(took):.2f} s on {text[:12]!r}..."
 
 
 class Beats:
