@@ -9,6 +9,7 @@ import pytest
 from rewards import RewardInput, build_rewards
 
 MEGABYTE = 2**20
+LIMIT = 0.1
 CHOICES = ["London", "Paris"]
 INLINE = {
     "format_tags": {},
@@ -24,6 +25,16 @@ def filled(piece: str) -> str:
     return (piece * (MEGABYTE // len(piece) + 1))[:MEGABYTE]
 
 
+def seconds(rule, text):
+    """Below LIMIT the first, else the least of three, of this thread alone: a busy machine is not the rule's doing."""
+    took = []
+    while len(took) < 3 and (not took or took[-1] >= LIMIT):
+        start = time.thread_time()
+        rule.score([RewardInput("What is one?", text, {"answer": "1", "choices": CHOICES})])
+        took.append(time.thread_time() - start)
+    return min(took)
+
+
 PIECES = ["{", "}", "\\boxed{", "\\boxed{{", "\\boxed{1} ", "\\boxed", "\\", "$", "\\(", "\\[", "`", "```", "<",
           "<think>", "<answer>", "</answer>", "</think>", "<answer>1</answer>",
           " ", "\n", "\t \n", "a", "a ", "a'", "A ", "(A) ",
@@ -33,19 +44,15 @@ PIECES = ["{", "}", "\\boxed{", "\\boxed{{", "\\boxed{1} ", "\\boxed", "\\", "$"
 
 
 @pytest.mark.parametrize("text", [*map(filled, PIECES), *("x" + filled(piece) + "x" for piece in ("<", " ", "\\["))])
-def test_a_megabyte_takes_no_inline_rule_more_than_half_a_second(text):
-    """A tenth on most machines; a rule that looks at each character more than a few times takes minutes."""
-    rewards = build_rewards(INLINE)
-    fields = {"answer": "1", "choices": CHOICES}
-    for name, part in rewards.parts.items():
-        took = []
-        for _ in range(3):
-            start = time.thread_time()  # of this thread alone: a busy machine is not the rule's doing
-            part.rule.score([RewardInput("What is one?", text, fields)])
-            took.append(time.thread_time() - start)
-            if took[-1] < 0.5:
-                break
-        assert min(took) < 0.5, f"{name} took {min(took):.2f} s on {text[:12]!r}..."
+def test_a_megabyte_takes_no_inline_rule_more_than_a_tenth_of_a_second(text):
+    """Or, on a slower machine, no more than linear time."""
+    for name, part in build_rewards(INLINE).parts.items():
+        took = seconds(part.rule, text)
+        if took >= LIMIT:
+            eighth = seconds(part.rule, text[: MEGABYTE // 8])
+            assert took < 5 * LIMIT and took < 3 * 8 * eighth, (
+                f"{name} took {took:.2f} s on {text[:12]!r}..., {eighth=}"
+            )
 
 
 class Beats:
