@@ -182,13 +182,14 @@ class Broadcast(Transport):
         self.store: Any = None
         self.numbers = itertools.count()
         self.unread = 0  # buckets of the last push that were not fetched
+        self.group: Any = None
         self._leave()
 
     def _leave(self) -> None:
-        group, nccl = getattr(self, "group", None), getattr(dist, "ProcessGroupNCCL", None)
-        if group is not None and nccl is not None and isinstance(group, nccl):
-            group.abort()  # else it waits, as it goes, for what a dead engine left unfinished
-        self.group: Any = None
+        nccl = getattr(dist, "ProcessGroupNCCL", None)
+        if nccl is not None and isinstance(self.group, nccl):
+            self.group.abort()  # else it waits, as it goes, for what a dead engine left unfinished
+        self.group = None
         self.epoch = -1  # number of the group; -1: in none
         self.members: tuple[str, Readers] | None = None  # of the learner's group, and its backend
 

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.fp8.dense import PAD
-from model.fp8.launch import INTERPRET, launch
 from model.fp8.tiles import Tiles
+from model.kernels.launch import INTERPRET, launch
 
 WARPS = 8  # of a program that casts 128 x 128 numbers
 REGISTERS = {True: 80, False: 128}  # of a thread, BF16 or not: three or two programs fit on a multiprocessor

@@ -6,6 +6,7 @@ every slab of 128 along K to FP32 registers while the other one keeps the tensor
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from model.fp8.launch import descriptor, launch, load_tile, store_tile
 from model.fp8.tiles import Tiles
+from model.kernels.launch import launch
 
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
 STAGES = 3
 SUPER = 8  # tiles along M that share their tiles of B in L2
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+# Tiles from and to memory: the names of Triton 3.9, or those before it.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -195,3 +200,10 @@ def grouped_product(
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU: programs of a persistent grid."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def descriptor(x: Tensor, block_shape: list[int], layout: Any) -> TensorDescriptor:
+    """TensorDescriptor.from_tensor without its checks, for x that is contiguous, aligned and not empty."""
+    made: Any = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape, made.layout = x, x.shape, x.stride(), block_shape, layout
+    return made

@@ -12,7 +12,7 @@ changed, so once an optimiser update and not once a micro-batch. What writes to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -90,34 +90,31 @@ def load_kernels(recipe: str) -> ModuleType:
     return kernels
 
 
-@contextmanager
-def unquantized(model: nn.Module) -> Iterator[None]:
+def unquantized(model: nn.Module) -> AbstractContextManager[None]:
     """While it lasts activations are not cast: the model multiplies by what its codes stand for, as an engine computes
     that was sent those values (model/fp8/published.py).
     """
-    layers = [module for module in model.modules() if isinstance(module, Fp8Layer)]
-    for layer in layers:
-        layer.quantized = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.quantized = True
+    return _switched(model, Fp8Layer, "quantized", False)
 
 
-@contextmanager
-def adding_to_gradients(model: nn.Module) -> Iterator[None]:
+def adding_to_gradients(model: nn.Module) -> AbstractContextManager[None]:
     """While it lasts a backward pass adds the FP32 weight gradients of experts to the `.grad` they already have, in the
     product itself, and not by a second pass over both.
     """
-    layers = [module for module in model.modules() if isinstance(module, Fp8Experts)]
+    return _switched(model, Fp8Experts, "adds_to_gradients", True)
+
+
+@contextmanager
+def _switched(model: nn.Module, kind: type, name: str, value: bool) -> Iterator[None]:
+    """An attribute of all layers of this kind has that value, and afterwards the other."""
+    layers = [module for module in model.modules() if isinstance(module, kind)]
     for layer in layers:
-        layer.adds_to_gradients = True
+        setattr(layer, name, value)
     try:
         yield
     finally:
         for layer in layers:
-            layer.adds_to_gradients = False
+            setattr(layer, name, not value)
 
 
 def computed_weight(layer: nn.Linear) -> Tensor:

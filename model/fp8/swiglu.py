@@ -22,8 +22,8 @@ from model.fp8.casts import (
     write_columns,
     write_rows,
 )
-from model.fp8.launch import INTERPRET, launch
 from model.fp8.tiles import Tiles
+from model.kernels.launch import INTERPRET, launch
 
 
 @triton.jit

@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from model.fp8.gemm import SHARED, processors
-from model.fp8.launch import descriptor, launch, load_tile, store_tile
+from model.fp8.gemm import SHARED, descriptor, load_tile, processors, store_tile
 from model.fp8.tiles import largest_first
+from model.kernels.launch import launch
 
 ROWS, BLOCK_N, BLOCK_K, STAGES = 64, 192, 128, 3  # ROWS of a tile for each consumer
 FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.fp8.launch import launch
+from model.kernels.launch import launch
 
 HEADS = 16  # at a time
 WARPS = 4

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.fp8.launch import launch
+from model.kernels.launch import launch
 
 BLOCK = 1024  # channels of a row at a time
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.fp8.launch import launch
+from model.kernels.launch import launch
 
 BLOCK = 4096
 

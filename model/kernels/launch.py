@@ -1,7 +1,7 @@
 """Launching kernels from a host that has thousands to launch in a step.
 
-Before each launch Triton looks at every argument and finds the kernel that was compiled for such ones, and checks the
-descriptors of a product. What it looks for is little: here it is looked for in less time.
+Before each launch Triton looks at every argument and finds the kernel that was compiled for such ones. What it looks
+for is little: here it is looked for in less time.
 """
 
 from typing import Any
@@ -9,12 +9,6 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.experimental.gluon.language.nvidia.hopper import tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-# Tiles from and to memory: the names of Triton 3.9, or those before it.
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 INTERPRET = knobs.runtime.interpret
 # A compiled kernel is called as Triton 3.6 calls it itself. Where others may do so otherwise, Triton does it all.
@@ -47,10 +41,3 @@ def launch(
         _compiled[found][(*grid, 1, 1)[:3]](*args, *constants)
     else:
         _compiled[found] = kernel[grid](*args, *constants, **options)
-
-
-def descriptor(x: Tensor, block_shape: list[int], layout: Any) -> TensorDescriptor:
-    """TensorDescriptor.from_tensor without its checks, for x that is contiguous, aligned and not empty."""
-    made: Any = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape, made.layout = x, x.shape, x.stride(), block_shape, layout
-    return made

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.fp8.launch import launch
+from model.kernels.launch import launch
 
 PROGRAMS = 528  # of a backward pass, each with a sum of the weight's gradient: four on each of 132 multiprocessors
 

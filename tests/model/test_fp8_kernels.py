@@ -1,8 +1,6 @@
 """FP8 kernels against the reference: casts anywhere by Triton's interpreter, products on a Hopper GPU only."""
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from model import DeepseekV3ForCausalLM, SequenceLayout
 from model.fp8 import reference
 from model.fp8.forms import Columns, Recipe, Rows, Weight
 from model.fp8.modules import to_fp8
+from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -30,11 +29,7 @@ if GPU or INTERPRETED:
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run here themselves")
 def test_casts_run_in_the_interpreter() -> None:
-    # A process of its own: Triton reads the variable when it is imported, which may be long past.
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+    run_interpreted(__file__)
 
 
 def ends_of(sizes: list[int]) -> torch.Tensor:

@@ -1,8 +1,6 @@
 """Fused kernels against plain torch: on a GPU where there is one, else by Triton's interpreter."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from model import DeepseekV3Config, SequenceLayout
 from model.moe import router_logits
 from model.rope import RotaryTables, apply_rope
+from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
 GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,11 +29,7 @@ if GPU or INTERPRETED:
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run here themselves")
 def test_kernels_run_in_the_interpreter() -> None:
-    # A process of its own: Triton reads the variable when it is imported, which may be long past.
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+    run_interpreted(__file__)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
