@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     before = machine()
+    if not args.tiny and before["gpu"] is None:
+        raise SystemExit("error: there is no GPU here; --tiny runs on a CPU")
     if args.tiny:
         args.row, args.rows, args.layers = min(args.row, 64), min(args.rows, 2), args.layers or 2
     if not args.layers:

@@ -120,6 +120,8 @@ def main() -> None:
     chosen = args.transports.split(",")
     if unknown := set(chosen) - set(KINDS):
         parser.error(f"--transports {sorted(unknown)} are unknown; choose from {', '.join(KINDS)}")
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --tiny runs on a CPU")
     before, results = machine(), {"layers": args.layers, "versions": versions("vllm", "torch", "ray")}
     results["gpus"] = torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as made:
