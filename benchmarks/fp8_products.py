@@ -169,7 +169,7 @@ def dense() -> dict[str, Any]:
             ),
             "wgrad FP32": (
                 lambda: kernels.grouped_wgrad(g_columns, x_columns, FP32),
-                lambda: kernels.grouped_outer(*g_columns[:2], *x_columns, FP32, None),
+                lambda: kernels.grouped_outer([(g_columns, x_columns)], FP32),
                 lambda: (g.t() @ x).float(),
             ),
         }
