@@ -219,7 +219,7 @@ def test_all_codes() -> None:
 
 def test_two_weight_gradients_at_a_time() -> None:
     """The bits of one after the other; in BF16 rounded once."""
-    pairs = []
+    pairs: list[tuple[Columns, Columns]] = []
     for sizes in ([0, 130, 5], [200, 0, 1]):
         ends = torch.tensor(sizes).cumsum(0).int()
         g, x = (fp8.quantize_columns(torch.randn(sum(sizes), n), ends, Recipe()) for n in (48, 80))
