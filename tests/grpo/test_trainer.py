@@ -122,6 +122,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, verb: str, role: str, nth: int, aft
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("verb", "role", "nth", "after"),
     [
@@ -142,6 +143,7 @@ def test_dead_rollout_and_reward_actors_are_replaced(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("transport", "pushed"),
     [("ipc", [0, 0, 0]), ("broadcast", [0, 0, 1])],  # a broadcast breaks off, and everything is sent anew
@@ -170,6 +172,7 @@ def test_in_one_process_weights_may_be_copied_all_the_same(reference: Path, tran
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("verb", "nth", "after"),
     [("learn", 4, True), ("sync_weights", 3, False), ("save", 2, True)],  # in, after the step; while saving
@@ -190,6 +193,7 @@ def test_a_dead_learner_stops_the_run_and_resume_is_bit_equal(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 def test_an_engine_that_dies_in_a_refill_is_replaced(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"dynamic_sampling": True, "max_steps": 3}
     with monkeypatch.context() as patch:  # only correct answers pay: nearly every group is dropped and refilled
@@ -214,6 +218,7 @@ def twenty_steps(reference: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("placement", "expected"),
     [
