@@ -123,22 +123,18 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, verb: str, role: str, nth: int, aft
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
-@pytest.mark.parametrize(
-    ("verb", "role", "nth", "after"),
-    [
-        ("sample", "rollout-1", 4, True),  # while it samples
-        ("score", "rewards", 3, True),  # while it scores
-        ("sync_weights", "rollout-0", 3, True),  # while weights arrive
-    ],
-)
-def test_dead_rollout_and_reward_actors_are_replaced(
-    reference: Path, monkeypatch: pytest.MonkeyPatch, verb: str, role: str, nth: int, after: bool
-) -> None:
-    kill_at(monkeypatch, verb, role, nth, after)
-    name = f"killed-{verb}-{role}"
-    GRPOTrainer(settings(reference, name, "ray")).train()
-    assert rows(reference / name) == rows(reference / "inline")
-    assert rows(reference / name, "samples.jsonl") == rows(reference / "inline", "samples.jsonl")
+def test_dead_rollout_and_reward_actors_are_replaced(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three deaths in one run, in different steps."""
+    kill_at(monkeypatch, "sync_weights", "rollout-0", 3, True)  # while weights arrive, of the second step
+    kill_at(monkeypatch, "score", "rewards", 4, True)  # while it scores
+    kill_at(monkeypatch, "sample", "rollout-1", 6, True)  # while it samples
+    revived: list[str] = []
+    revive = Remote.revive
+    monkeypatch.setattr(Remote, "revive", lambda self, role: (revived.append(role), revive(self, role))[1])
+    GRPOTrainer(settings(reference, "killed", "ray")).train()
+    assert revived == ["rollout-0", "rewards", "rollout-1"]
+    assert rows(reference / "killed") == rows(reference / "inline")
+    assert rows(reference / "killed", "samples.jsonl") == rows(reference / "inline", "samples.jsonl")
 
 
 @pytest.mark.ray

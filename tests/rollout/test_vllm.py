@@ -146,9 +146,9 @@ def test_bad_prompts_are_named(engine: Any, prompt: list[int], max_tokens: int, 
 
 
 def test_after_every_push_the_engine_is_a_fresh_one(engine: Any, policy: Any, tmp_path: Path) -> None:
-    """Greedy tokens and log-probabilities exactly; those of transformers to 1e-4.
+    """Those of transformers to 1e-4 after each push; after some, a fresh engine's tokens and log-probabilities exactly.
 
-    Fresh engines are kept: dropping one tears down the others.
+    Fresh engines are kept: dropping one tears down the others. They take most of the time.
     """
     model = policy
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -158,10 +158,11 @@ def test_after_every_push_the_engine_is_a_fresh_one(engine: Any, policy: Any, tm
         engine.load_weights(weights, push)
         engine.check_weights(weights)
         model.save_pretrained(tmp_path / str(push))
-        fresh = build_engine(tmp_path / str(push), "vllm", **OPTIONS)
         got = drawn(engine)
         assert {c.policy_version for c in got} == {push}
-        assert [(c.token_ids, c.logprobs) for c in got] == [(c.token_ids, c.logprobs) for c in drawn(fresh)], push
+        if push in (1, 2, 10, 20):
+            fresh = build_engine(tmp_path / str(push), "vllm", **OPTIONS)
+            assert [(c.token_ids, c.logprobs) for c in got] == [(c.token_ids, c.logprobs) for c in drawn(fresh)], push
         greedy_by_transformers(tmp_path / str(push), got)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
