@@ -39,6 +39,7 @@ def directory(vllm_tiny: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(directory: Path) -> Any:
+    importlib.import_module("torch._dynamo")  # as a learner's optimiser does
     return build_engine(directory, "vllm", enable_return_routed_experts=True, **OPTIONS)
 
 
@@ -81,6 +82,12 @@ def test_greedy_tokens_logprobs_and_routes_are_the_embedded_engines(engine: Any,
     chosen = [(np.sort(a.routed_experts, -1), np.sort(b.routed_experts, -1)) for a, b in zip(ours, theirs)]
     assert sum(a.shape[0] * a.shape[1] for a, _ in chosen) > 500
     assert sum(int((a != b).any(-1).sum()) for a, b in chosen) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU alone")
+def test_on_a_cpu_nothing_is_compiled(engine: Any) -> None:
+    """Whoever came first: vLLM's sampler would compile C++ for 20 seconds on first use."""
+    assert importlib.import_module("torch._dynamo").config.disable
 
 
 @pytest.mark.parametrize(
