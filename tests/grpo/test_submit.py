@@ -22,6 +22,7 @@ def test_submit_follows_the_log_and_returns_the_exit_code(
     data.write_text("".join(json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1)}) + "\n" for a in range(30)))
     argv = ["submit", SMOKE, "--address", ray_head[1], "--data.task=", f"--data.path={data}", "--data.prompt_pattern="]
     argv += [f"--run.output_dir={tmp_path / 'run'}", "--sft=null", "--grpo.prompts_per_step=2", "--grpo.max_refills=0"]
+    argv += ["--rollout.num_workers=1"]
     code, out, err = run(capfd, *argv, "--grpo.max_steps=2")
     assert code == 0, out + err
     assert "report:" in out and (tmp_path / "run" / "report.html").is_file()

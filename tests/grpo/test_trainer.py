@@ -235,9 +235,10 @@ def test_the_run_goes_through_ray(
 
     def look(self: Cluster, *batches: Any) -> Any:
         if not seen:
-            address = self.backend.ray.get_runtime_context().gcs_address  # type: ignore[attr-defined]
-            actors = list_actors(address)  # of this cluster: another one may run on the machine
-            seen.append(dict(Counter(actor.class_name for actor in actors if actor.state == "ALIVE")))
+            here = self.backend.ray.get_runtime_context()  # type: ignore[attr-defined]
+            actors = list_actors(here.gcs_address)  # of this cluster: another one may run on the machine
+            mine = [actor for actor in actors if actor.state == "ALIVE" and actor.job_id == here.get_job_id()]
+            seen.append(dict(Counter(actor.class_name for actor in mine)))
         return learn(self, *batches)
 
     monkeypatch.setattr(Cluster, "learn", look)
