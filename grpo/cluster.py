@@ -289,8 +289,19 @@ class RemoteCall:
                 raise RunFailure(f"{self.role}.{self.method} was lost: {' '.join(str(err).split())[:300]}") from err
 
 
+def _send_token() -> None:
+    """To be called before Ray is imported: `ray start` asks for the token once there is one, but to an address that it
+    is given Ray does not send it by itself.
+    """
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def start_ray(address: str) -> Any:
     """The ray module, connected to a new local cluster ("ray") or to a running one. Raises ValueError without Ray."""
+    running = address != "ray" or "RAY_ADDRESS" in os.environ
+    if running:
+        _send_token()
     try:
         import ray
     except ImportError as err:
@@ -300,7 +311,7 @@ def start_ray(address: str) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, else it warns
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "grpo"}
-    if address == "ray" and "RAY_ADDRESS" not in os.environ:
+    if not running:
         ray.init(**options)
     else:
         try:
@@ -361,9 +372,7 @@ def submit_job(config: Config, address: str) -> int:
     Paths of the configuration are made absolute: the cluster must see the same files (one machine, or a shared file
     system) and have this package installed. Raises ValueError where no cluster answers.
     """
-    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").is_file():
-        # `ray start` asks for the token once there is one, but Ray's job client does not send it by itself
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _send_token()
     from ray.job_submission import JobSubmissionClient
 
     try:

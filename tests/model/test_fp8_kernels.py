@@ -63,7 +63,7 @@ def assert_near(ours: Rows | Columns, theirs: Rows | Columns) -> None:
 
 
 @casts
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES if GPU else SIZES[:2], ids=str)  # the first has what the others have
 @pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_casts_write_the_reference_bytes_and_scales(sizes: list[int], ue8m0: bool, dtype: torch.dtype) -> None:
