@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import ceil_div, launch
+
 BLOCK = 2048
 
 
@@ -33,7 +35,6 @@ def adamw_(
     n, (beta1, beta2) = weight.numel(), betas
     assert all(t.is_contiguous() for t in (weight, gradient, first, second)), "AdamW's tensors are not contiguous"
     if n:
-        _adamw_kernel[(triton.cdiv(n, BLOCK),)](
-            weight, gradient, first, second, n, beta1, beta2, 1 - lr * weight_decay, lr / (1 - beta1**step),
-            1 - beta2**step, eps, BLOCK, num_warps=8,
-        )  # fmt: skip
+        numbers = (beta1, beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta2**step, eps)
+        args = (weight, gradient, first, second, n, *map(float, numbers))
+        launch(_adamw_kernel, (ceil_div(n, BLOCK),), args, (BLOCK,), num_warps=8)

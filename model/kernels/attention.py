@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import launch
+from model.kernels.launch import launch, power_of_two
 
 HEADS = 16  # at a time
 WARPS = 4
@@ -103,7 +103,7 @@ class _Rows(torch.autograd.Function):
         q, kv, P, (heads, nope, rope, value) = q.contiguous(), kv.contiguous(), len(index), widths
         assert k_rope.stride(1) == 1, f"{k_rope.stride()=}"
         out = [torch.empty(P, heads, width, dtype=q.dtype, device=q.device) for width in (*[nope + rope] * 2, value)]
-        block = min(HEADS, triton.next_power_of_2(heads))
+        block = min(HEADS, power_of_two(heads))
         args = (q, kv, k_rope, cos, sin, index, *out, k_rope.stride(0), heads)
         launch(_rows_kernel, (P,), args, (nope, rope, value, block), num_warps=WARPS)
         ctx.save_for_backward(cos, sin, uses, starts)
@@ -114,7 +114,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         heads, nope, rope, value = ctx.widths
         out = [torch.empty(shape, dtype=grads[0].dtype, device=grads[0].device) for shape in ctx.shapes]
-        block = min(HEADS, triton.next_power_of_2(heads))
+        block = min(HEADS, power_of_two(heads))
         args = (*(grad.contiguous() for grad in grads), *ctx.saved_tensors, *out, heads)
         launch(_rows_backward_kernel, (len(out[0]),), args, (nope, rope, value, block), num_warps=WARPS)
         return *out, None, None, None, None, None, None

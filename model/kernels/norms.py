@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import launch
+from model.kernels.launch import launch, power_of_two
 
 PROGRAMS = 528  # of a backward pass, each with a sum of the weight's gradient: four on each of 132 multiprocessors
 
@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         T, D = x.shape
         out = torch.empty(T, D, dtype=x.dtype, device=x.device)
         inverse = torch.empty(T, dtype=torch.float32, device=x.device)
-        block = triton.next_power_of_2(D)
+        block = power_of_two(D)
         if T:
             args, constants = (x, weight, out, inverse, x.stride(0), D), (eps, x.dtype != torch.float32, block)
             launch(_forward_kernel, (T,), args, constants, num_warps=_warps(block))
@@ -67,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
         (T, D), grad = x.shape, grads[0].contiguous()
         d_x, programs = torch.empty(T, D, dtype=x.dtype, device=x.device), min(PROGRAMS, T)
         d_weight = torch.empty(programs, D, dtype=torch.float32, device=x.device)
-        block = triton.next_power_of_2(D)
+        block = power_of_two(D)
         if T:
             args = (x, weight, grad, inverse, d_x, d_weight, x.stride(0), T, D)
             launch(_backward_kernel, (programs,), args, (block,), num_warps=_warps(block))
