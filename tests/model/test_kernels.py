@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model import DeepseekV3Config, SequenceLayout
-from model.moe import router_logits
+from model.moe import Routing, TopkRouter, by_expert
 from model.rope import RotaryTables, apply_rope
 from tests.interpreter import run_interpreted
 
@@ -19,12 +19,14 @@ kernel = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the int
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 if GPU or INTERPRETED:
     from model.kernels import norms
+    from model.kernels import router as router_kernel
     from model.kernels.adamw import adamw_
     from model.kernels.attention import Widths, attention_rows, restored
     from model.kernels.experts import collect, combine, gated, gated_rows, spread
     from model.kernels.gradients import added
     from model.kernels.logprobs import chosen_logprobs, logits_gradient_
     from model.kernels.norms import rms_norm
+    from model.kernels.router import Choice, choose
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the tests run here themselves")
@@ -204,15 +206,75 @@ def test_gradients_are_added(dtype: torch.dtype) -> None:
     assert torch.equal(added(None, x.t()), x.t().float())
 
 
-@pytest.mark.skipif(not GPU, reason="products of BF16 with a result in FP32 need a GPU")
-def test_router_logits() -> None:
-    """On tensor cores as exact as in FP32, and gradients as exact as BF16 holds them."""
-    x, weight, upstream = normal(300, 512, dtype=torch.bfloat16), normal(64, 512, dtype=torch.bfloat16), normal(300, 64)
-    exact, ours = ([t.to(dtype).requires_grad_() for t in (x, weight)] for dtype in (torch.float64, torch.bfloat16))
-    want, got = exact[0] @ exact[1].t(), router_logits(*ours)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
-    wanted, found = torch.autograd.grad(want, exact, upstream.double()), torch.autograd.grad(got, ours, upstream)
+ROUTERS = {  # experts, of a token, groups, groups kept, normalised
+    "plain": (8, 2, 1, 1, True),
+    "odd": (11, 3, 1, 1, False),
+    "groups": (24, 4, 4, 2, True),
+    "odd groups": (15, 3, 5, 3, True),
+}
+
+
+@kernel
+@DTYPES
+@pytest.mark.parametrize("case", ROUTERS)
+@pytest.mark.parametrize("tokens", [1, 37, 130])
+@pytest.mark.parametrize("replayed", [False, True])
+def test_router(
+    dtype: torch.dtype, case: str, tokens: int, replayed: bool, make_config: Callable[..., DeepseekV3Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Choices, weights, sorting and gradients against the plain router on a CPU in FP32."""
+    monkeypatch.setattr(router_kernel, "TILE", 64)
+    monkeypatch.setattr(router_kernel, "PROGRAMS", 3)
+    experts, top, groups, kept, normalised = ROUTERS[case]
+    options = {"n_group": groups, "topk_group": kept, "norm_topk_prob": normalised, "routed_scaling_factor": 2.5}
+    plain = TopkRouter(make_config(n_routed_experts=experts, num_experts_per_tok=top, **options))
+    width = plain.weight.shape[1]
+    x, weight = torch.randn(tokens, width).to(dtype), torch.randn(experts, width).to(dtype) / width**0.5
+    plain.weight.data, plain.e_score_correction_bias = weight.float(), torch.randn(experts) / 4 - 1
+    replay = None
+    if replayed:
+        replay = torch.stack([torch.randperm(experts)[:top] for _ in range(tokens)])
+        replay[::3] = plain(x.float()).experts[::3].flip(1)  # the router's own, in another order
+        replay[1::4] = -1
+        replay[2::5, 1] = replay[2::5, 0]
+    ours = [t.to(DEVICE).requires_grad_() for t in (x, weight)]
+    exact = x.float().requires_grad_()
+    want = plain(exact, replay)
+    choice = Choice(top, groups, kept, normalised, 2.5)
+    recorded = None if replay is None else replay.to(DEVICE)
+    got = choose(*ours, plain.e_score_correction_bias.to(DEVICE), recorded, choice)
+    order = got.experts.sort(1).indices.cpu(), want.experts.sort(1).indices
+    assert torch.equal(got.experts.cpu().gather(1, order[0]), want.experts.gather(1, order[1]))
+    near(got.weights.cpu().gather(1, order[0]), want.weights.gather(1, order[1]))
+    near(got.scores.cpu(), want.scores)
+    assert torch.equal(got.counts.cpu(), want.counts)
+    if replayed:
+        assert want.differs is not None and torch.equal(got.differs.cpu(), want.differs)
+    token, places, ends, weights = by_expert(Routing(got.experts, got.weights, got.scores, got.counts))
+    assert torch.equal(got.token, token) and torch.equal(got.places, places) and torch.equal(got.ends, ends)
+    assert torch.equal(got.row_weights, weights)
+
+    of_rows, of_weights, of_scores = normal(tokens * top), normal(tokens, top), normal(tokens, experts)
+    upstream = (of_rows[got.places] + of_weights).cpu().gather(1, order[0])
+    back = torch.empty_like(upstream).scatter_(1, order[1], upstream)
+    wanted = torch.autograd.grad((want.weights, want.scores), (exact, plain.weight), (back, of_scores.cpu()))
+    found = torch.autograd.grad((got.row_weights, got.weights, got.scores), ours, (of_rows, of_weights, of_scores))
     for a, b in zip(found, wanted, strict=True):
-        assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-3)
+        assert a.dtype == dtype
+        scale = float(b.abs().max())
+        near(a.cpu() / scale, b / scale)
+
+
+@kernel
+def test_a_router_adds_to_the_sum_of_its_gradients(make_config: Callable[..., DeepseekV3Config]) -> None:
+    x, weight, bias = (normal(*shape, dtype=torch.bfloat16) for shape in ((9, 16), (4, 16), (4,)))
+    weight.requires_grad_()
+    choice = Choice(2, 1, 1, True, 1.0)
+    choose(x, weight, bias.float(), None, choice).row_weights.pow(2).sum().backward()
+    once, weight.grad = weight.grad, None
+    weight.master = torch.zeros(4, 16, device=DEVICE)
+    for times in (1, 2):
+        choose(x, weight, bias.float(), None, choice).row_weights.pow(2).sum().backward()
+        assert weight.grad is None and once is not None
+        near(weight.master.grad.bfloat16() / times, once)
