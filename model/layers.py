@@ -25,6 +25,27 @@ class RMSNorm(nn.Module):
         # As transformers: normalise in FP32 (rms_norm does), round, then multiply by the weight.
         return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
 
+    def added(self, x: Tensor, delta: Tensor | None, readers: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x and delta # [T, D] -> (x + delta, its norm once for each of its readers, up to 3).
+
+        All get one tensor. A kernel adds up their gradients, and that of the sum, where it has them in its hands.
+        """
+        if usable(x):
+            from model.kernels.norms import added_norm
+
+            return added_norm(x, delta, self.weight, self.eps, readers)
+        x = x if delta is None else x + delta
+        return x, (self(x),) * readers
+
+    def front(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x # [T, D + R] -> (the norm of its first D columns # [T, D], the others as they are # [T, R])."""
+        if usable(x):
+            from model.kernels.norms import front_norm
+
+            return front_norm(x, self.weight, self.eps)
+        front, rest = x.split((len(self.weight), x.shape[1] - len(self.weight)), dim=-1)
+        return self(front), rest
+
 
 class MLP(nn.Module):
     """down_proj(silu(gate_proj(x)) * up_proj(x)); a dense feed-forward layer or the shared experts."""

@@ -89,7 +89,6 @@ class TopkRouter(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scaling, scores, counts, differs)
 
-
     def _choose(self, x: Tensor, routed_experts: Tensor | None) -> Routing:
         """The same in few kernels, and the choices sorted by expert."""
         from model.kernels.router import Choice, choose
@@ -193,11 +192,15 @@ class DeepseekMoE(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x # [T, d], routed_experts # [T, K] to replay or None -> (output # [T, d], Routing)."""
-        routing = self.gate(x, routed_experts)
-        out = self.experts(x, routing)
-        return (out if self.shared_experts is None else out + self.shared_experts(x)), routing
+    def forward(self, x: Tensor | tuple[Tensor, ...], routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x # [T, d], routed_experts # [T, K] to replay or None -> (output # [T, d], Routing).
+
+        x may come once for each of its readers (see RMSNorm.added): router, routed experts, shared experts.
+        """
+        of_gate, of_experts, of_shared = x if isinstance(x, tuple) else (x, x, x)
+        routing = self.gate(of_gate, routed_experts)
+        out = self.experts(of_experts, routing)
+        return (out if self.shared_experts is None else out + self.shared_experts(of_shared)), routing
 
 
 def sequence_balance_loss(scores: Tensor, segment_ids: Tensor, num_segments: int, top_k: int) -> Tensor:
