@@ -102,7 +102,7 @@ class Policy(ABC):
     def _collecting(self) -> Iterator[None]:
         """While it lasts a gradient goes to its master as soon as it is there, so that those in BF16 do not pile up.
 
-        What finds the master at the parameter may add to its gradient itself (model/kernels/gradients.py).
+        What finds the master at the parameter may add to its gradient itself (model/kernels/__init__.py).
         """
         copies: list[tuple[Any, torch.Tensor]] = [
             (p, master) for p, master in zip(self.parameters, self.master) if p is not master

@@ -1,10 +1,22 @@
-"""The two small layers everything else is made of: RMSNorm and the gated MLP."""
+"""The small layers everything else is made of: embedding, RMSNorm and the gated MLP."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import usable
+
+
+class Embedding(nn.Embedding):
+    """torch's, with a gradient that is added to where it is summed up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input # [T] int64 -> # [T, d]."""
+        if usable(self.weight) and input.dim() == 1:
+            from model.kernels.embedding import embedded
+
+            return embedded(input, self.weight)
+        return super().forward(input)
 
 
 class RMSNorm(nn.Module):

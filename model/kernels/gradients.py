@@ -1,8 +1,4 @@
-"""Adding a gradient to an FP32 sum of them in one pass (Triton): torch's own takes 1.6 times as long on an H200.
-
-A small parameter's gradient is added by the kernel that computes it: a parameter may have an attribute `master`, the
-FP32 tensor whose `grad` is the sum. Autograd then gets none for the parameter.
-"""
+"""Adding a gradient to an FP32 sum of them in one pass (Triton): torch's own takes 1.6 times as long on an H200."""
 
 import torch
 import triton
@@ -31,13 +27,3 @@ def added(total: Tensor | None, x: Tensor) -> Tensor:
     if x.numel():
         launch(_add_kernel, (triton.cdiv(x.numel(), BLOCK),), (total, x, x.numel()), (first, BLOCK), num_warps=8)
     return total
-
-
-def sum_of(parameter: Tensor) -> Tensor | None:
-    """The FP32 sum of a parameter's gradients, contiguous, to be added to; None: autograd is to have the gradient."""
-    master = getattr(parameter, "master", None)
-    if master is None:
-        return None
-    if master.grad is None:
-        master.grad = torch.zeros_like(master)
-    return master.grad

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.gradients import sum_of
+from model.kernels import sum_of
 from model.kernels.launch import launch
 
 PROGRAMS = 528  # of a backward pass, each with a sum of the weight's gradient: four on each of 132 multiprocessors

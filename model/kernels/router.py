@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.gradients import sum_of
+from model.kernels import sum_of
 from model.kernels.launch import launch
 
 TILE = 2048  # scores at a time

@@ -23,6 +23,7 @@ if GPU or INTERPRETED:
     from model.kernels import router as router_kernel
     from model.kernels.adamw import adamw_
     from model.kernels.attention import Widths, attention_rows, restored
+    from model.kernels.embedding import embedded
     from model.kernels.experts import collect, combine, gated, gated_rows, spread
     from model.kernels.gradients import added
     from model.kernels.logprobs import chosen_logprobs, logits_gradient_
@@ -271,6 +272,26 @@ def test_gradients_are_added(dtype: torch.dtype) -> None:
     want = total + x.float()
     assert added(total, x) is total and torch.equal(total, want)
     assert torch.equal(added(None, x.t()), x.t().float())
+
+
+@kernel
+@DTYPES
+@pytest.mark.parametrize("width", [24, 600])
+def test_embedding(dtype: torch.dtype, width: int) -> None:
+    """Its gradient by autograd, and added to a sum; one token many times."""
+    ids = torch.tensor([3, 0, 3, 8, 3, 0, 3, 5], device=DEVICE)
+    weight, upstream = normal(9, width, dtype=dtype).requires_grad_(), normal(8, width, dtype=dtype)
+    want = torch.zeros(9, width, device=DEVICE).index_add(0, ids, upstream.float())
+    out = embedded(ids, weight)
+    assert torch.equal(out, weight[ids])
+    out.backward(upstream)
+    assert weight.grad is not None  # in BF16 torch rounds every sum
+    torch.testing.assert_close(weight.grad.float(), want, rtol=2e-2, atol=5e-2)
+    weight.grad, weight.master = None, torch.zeros(9, width, device=DEVICE)
+    weight.master.grad = torch.ones(9, width, device=DEVICE)
+    embedded(ids, weight).backward(upstream)
+    assert weight.grad is None
+    torch.testing.assert_close(weight.master.grad, 1 + want, rtol=1e-6, atol=1e-6)
 
 
 ROUTERS = {  # experts, of a token, groups, groups kept, normalised
