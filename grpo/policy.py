@@ -132,7 +132,8 @@ class Policy(ABC):
 def _collect(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """Moves the gradient of a parameter to its FP32 master."""
     grad, parameter.grad = parameter.grad, None
-    assert grad is not None
+    if grad is None:  # it was added where it was computed
+        return
     if usable(grad):
         from model.kernels.gradients import added
 

@@ -100,7 +100,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     q, k # [B, L, n_h, d_qk], v # [B, L, n_h, d_v] -> # [B, L, n_h, d_v].
     """
-    return attention_core(*(x.transpose(1, 2) for x in (q, k, v)), scale).transpose(1, 2)
+    return attention_core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
 
 
 def attention_core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
