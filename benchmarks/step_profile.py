@@ -59,7 +59,10 @@ def labelled(learner: Learner) -> Iterator[None]:
                 label = _label(module, child)
                 if label is not None:
                     around(child, "forward", label)
-        around(model.attention, "causal_attention", "attention core")
+                if isinstance(child, RMSNorm):  # its other ways in
+                    around(child, "added", label or OTHER)
+                    around(child, "front", label or OTHER)
+        around(model.attention, "attention_core", "attention core")
         around(grpo.learner, "token_logprobs", "head and loss")
         around(grpo.learner, "policy_loss", "head and loss")
         around(learner.policy, "clip", "clipping")

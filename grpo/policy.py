@@ -21,6 +21,7 @@ from grpo.router import trained_tokens
 from model import SequenceLayout
 from model.fp8.modules import adding_to_gradients
 from model.kernels import usable
+from model.layout import moved
 from model.lora import LoraAdapter
 from model.modeling import DeepseekV3PreTrainedModel
 from model.moe import TopkRouter, balanced_bias, expert_counts, sequence_balance_loss
@@ -74,7 +75,10 @@ class Policy(ABC):
     def _loss(
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
     ) -> tuple[torch.Tensor, Stats]:
-        """Loss and statistics of a micro-batch, auxiliary losses included, by the normalisers of the whole update."""
+        """Loss and statistics of a micro-batch, auxiliary losses included, by the normalisers of the whole update.
+
+        The batch is anywhere.
+        """
 
     @abstractmethod
     def balance(self, counts: torch.Tensor, rate: float) -> None:
@@ -87,7 +91,7 @@ class Policy(ABC):
         losses, stats = [], []
         with self._collecting(), adding_to_gradients(self.model):
             for batch in microbatches:
-                loss, stat = self._loss(batch.to(self.device), loss_fn, total_rows, total_samples)
+                loss, stat = self._loss(batch, loss_fn, total_rows, total_samples)
                 if loss.requires_grad:
                     loss.backward()
                 losses.append(loss.detach())
@@ -96,14 +100,22 @@ class Policy(ABC):
 
     @contextmanager
     def _collecting(self) -> Iterator[None]:
-        """While it lasts a gradient goes to its master as soon as it is there, so that those in BF16 do not pile up."""
-        copies = [(p, master) for p, master in zip(self.parameters, self.master) if p is not master]
+        """While it lasts a gradient goes to its master as soon as it is there, so that those in BF16 do not pile up.
+
+        What finds the master at the parameter may add to its gradient itself (model/kernels/__init__.py).
+        """
+        copies: list[tuple[Any, torch.Tensor]] = [
+            (p, master) for p, master in zip(self.parameters, self.master) if p is not master
+        ]
         hooks = [p.register_post_accumulate_grad_hook(partial(_collect, master)) for p, master in copies]
+        for parameter, master in copies:
+            parameter.master = master
         try:
             yield
         finally:
-            for hook in hooks:
+            for hook, (parameter, _) in zip(hooks, copies):
                 hook.remove()
+                del parameter.master
 
     def clip(self, max_norm: float) -> list[torch.Tensor]:
         """Clips the gradients; returns their norms before, the policy's first."""
@@ -120,7 +132,8 @@ class Policy(ABC):
 def _collect(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """Moves the gradient of a parameter to its FP32 master."""
     grad, parameter.grad = parameter.grad, None
-    assert grad is not None
+    if grad is None:  # it was added where it was computed
+        return
     if usable(grad):
         from model.kernels.gradients import added
 
@@ -152,6 +165,8 @@ class DeepseekV3Policy(Policy):
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
     ) -> tuple[torch.Tensor, Stats]:
         model, aux = self.model, self.auxiliary
+        (trained,) = moved([trained_tokens(batch)], self.device)
+        batch = batch.to(self.device)
         layout = layout_of(batch, few_shapes=True)
         out = model.forward_packed(
             batch.input_ids,
@@ -162,7 +177,6 @@ class DeepseekV3Policy(Policy):
         )
         loss, stats = loss_fn(out.hidden, model.head.weight, batch)
         assert out.routed_experts is not None
-        trained = trained_tokens(batch, layout.segment_ids)
         counts = expert_counts(out.routed_experts, model.config.n_routed_experts, trained)
         if aux.mtp_loss_weight > 0 and len(model.mtp_layers):
             mtp = mtp_loss(

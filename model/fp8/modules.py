@@ -27,7 +27,7 @@ from model.attention import MultiheadLatentAttention
 from model.fp8 import reference
 from model.fp8.forms import MXFP8, Columns, Recipe, Rows, Weight
 from model.layers import MLP
-from model.moe import Experts, Routing, by_expert, gated_experts, inverse_order
+from model.moe import Experts, Routing, by_expert, gated_experts
 
 Mode = Literal["off", "emulate", "on"]
 RECIPES = {"blockwise": Recipe(), "blockwise_ue8m0": Recipe(ue8m0=True), "mxfp8": MXFP8}
@@ -272,9 +272,8 @@ class Fp8Experts(Fp8Layer, Experts):
         """See Experts."""
         if not self.quantized:
             return gated_experts(x, routing, *computed_gated_weights(self))
-        order, token, ends = by_expert(routing)
-        weight = routing.weights.flatten().index_select(0, order)  # [T K]
-        sorting = token, inverse_order(order).view_as(routing.experts), ends
+        *sorting, weight = by_expert(routing)
+        token, places, ends = sorting
         codes = self.codes("gate_up", self.gate_up_proj), self.codes("down", self.down_proj)
         ops, recipe = self.ops, self.recipe
         if torch.is_grad_enabled():
@@ -282,7 +281,7 @@ class Fp8Experts(Fp8Layer, Experts):
         rows, _ = ops.permute_quantize(x, token, ends, recipe)
         gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)
         act, _ = ops.swiglu_quantize(gate_up, recipe, weight)
-        return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), sorting[1])
+        return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), places)
 
 
 class _Linear(torch.autograd.Function):
