@@ -143,7 +143,19 @@ def grouped() -> dict[str, Any]:
                 f"{name} wgrad {kind}", times, tflops=flops / times["ms"], bf16=flops / plain["ms"],
                 over_bf16=plain["ms"] / times["ms"], over_same_contract=same["ms"] / times["ms"],
             )  # fmt: skip
+        # as a learner adds them: of two micro-batches at a time, with groups of other sizes
+        others = shares(experts, rows, skew)
+        g_other, x_other = (kernels.quantize_both(normal(rows, width), others, recipe)[1] for width in (n, k))
+        times, same = (
+            bench(lambda: kernels.grouped_wgrad(g_columns, x_columns, FP32, into, (g_other, x_other))),
+            bench(contract["added"]),
+        )
+        results[name]["wgrad added, two at a time"] = report(
+            f"{name} wgrad added, two at a time", times, tflops=2 * flops / times["ms"], bf16=flops / plain["ms"],
+            over_bf16=2 * plain["ms"] / times["ms"], over_same_contract=2 * same["ms"] / times["ms"],
+        )  # fmt: skip
         del x, w, g, weight, swapped, into, x_rows, x_columns, g_rows, g_columns, products, ours, contract
+        del g_other, x_other
     return results
 
 
@@ -169,7 +181,7 @@ def dense() -> dict[str, Any]:
             ),
             "wgrad FP32": (
                 lambda: kernels.grouped_wgrad(g_columns, x_columns, FP32),
-                lambda: kernels.grouped_outer(*g_columns[:2], *x_columns, FP32, None),
+                lambda: kernels.grouped_outer([(g_columns, x_columns)], FP32),
                 lambda: (g.t() @ x).float(),
             ),
         }

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._C._autograd import DeviceType
 from torch._C._profiler import _RecordFunctionFast
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -109,7 +110,8 @@ def occupied(learner: Learner, minibatches: Sequence[Sequence[PackedBatch]]) -> 
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         learner.step(minibatches)
         torch.cuda.synchronize()
-    ran = sorted((e.time_range.start, e.time_range.end, e.name[:60]) for e in prof.events() or [])
+    on_device = [e for e in prof.events() or [] if e.device_type == DeviceType.CUDA]  # the rest are calls of the host
+    ran = sorted((e.time_range.start, e.time_range.end, e.name[:60]) for e in on_device)
     ran = [kernel for kernel in ran if not kernel[2].startswith(NOT_KERNELS)]
     gaps, until, before = [], ran[0][0], ran[0][2]
     for start, end, name in ran:

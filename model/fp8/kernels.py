@@ -71,11 +71,24 @@ def _product(x: Rows, codes: Tensor, scales: Tensor, ends: Tensor | None, dtype:
     return grouped_product(*x, codes, scales, tiles(ends, len(x.codes), x.codes.device), dtype)
 
 
-def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-    """g^T x of each group, g # of [M, N], x # of [M, K] -> # [E, N, K] in dtype, or added to into, float32."""
-    if len(g.starts) == 2 and into is None and dense.takes(len(g.codes), len(x.codes), g.codes.shape[1]):
+def grouped_wgrad(
+    g: Columns,
+    x: Columns,
+    dtype: torch.dtype,
+    into: Tensor | None = None,
+    also: tuple[Columns, Columns] | None = None,
+) -> Tensor:
+    """g^T x of each group, g # of [M, N], x # of [M, K], with that of another pair also -> # [E, N, K] in dtype,
+    or added to into, float32.
+    """
+    if (
+        len(g.starts) == 2
+        and into is None
+        and also is None
+        and dense.takes(len(g.codes), len(x.codes), g.codes.shape[1])
+    ):
         return dense.outer(*g[:2], *x[:2], dtype)[None]
-    return grouped_outer(*g[:2], *x[:2], g.starts, dtype, into)
+    return grouped_outer([(g, x)] if also is None else [also, (g, x)], dtype, into)
 
 
 def swiglu_quantize(gate_up: Tensor, recipe: Recipe, weight: Tensor | None = None) -> tuple[Rows, Rows]:

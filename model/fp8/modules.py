@@ -31,6 +31,8 @@ from model.moe import Experts, Routing, by_expert, gated_experts
 
 Mode = Literal["off", "emulate", "on"]
 RECIPES = {"blockwise": Recipe(), "blockwise_ue8m0": Recipe(ue8m0=True), "mxfp8": MXFP8}
+# parameter -> ops and operands of the product that is still to be added to its gradient
+Waiting = dict[Tensor, tuple[Any, Columns, Columns]]
 
 
 def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = None) -> None:
@@ -97,24 +99,34 @@ def unquantized(model: nn.Module) -> AbstractContextManager[None]:
     return _switched(model, Fp8Layer, "quantized", False)
 
 
-def adding_to_gradients(model: nn.Module) -> AbstractContextManager[None]:
-    """While it lasts a backward pass adds the FP32 weight gradients of experts to the `.grad` they already have, in the
-    product itself, and not by a second pass over both.
+@contextmanager
+def adding_to_gradients(model: nn.Module) -> Iterator[None]:
+    """While it lasts the FP32 weight gradients of experts are added to `.grad` in the product itself, and for two
+    micro-batches at a time: these sums are more bytes than what is multiplied.
+
+    The first one's operands wait for the second one's backward pass, or for the end. So `.grad` is complete only after
+    that, and hooks of these parameters find what is there by then, or None. After an exception what waits is dropped.
     """
-    return _switched(model, Fp8Experts, "adds_to_gradients", True)
+    waiting: Waiting = {}
+    with _switched(model, Fp8Experts, "waiting", waiting):
+        yield
+        while waiting:
+            parameter, (ops, grad, x) = waiting.popitem()
+            parameter.grad = ops.grouped_wgrad(grad, x, torch.float32, parameter.grad)
 
 
 @contextmanager
-def _switched(model: nn.Module, kind: type, name: str, value: bool) -> Iterator[None]:
-    """An attribute of all layers of this kind has that value, and afterwards the other."""
+def _switched(model: nn.Module, kind: type, name: str, value: Any) -> Iterator[None]:
+    """An attribute of all layers of this kind has that value, and afterwards its own again."""
     layers = [module for module in model.modules() if isinstance(module, kind)]
+    before = [getattr(layer, name) for layer in layers]
     for layer in layers:
         setattr(layer, name, value)
     try:
         yield
     finally:
-        for layer in layers:
-            setattr(layer, name, not value)
+        for layer, own in zip(layers, before, strict=True):
+            setattr(layer, name, own)
 
 
 def computed_weight(layer: nn.Linear) -> Tensor:
@@ -243,7 +255,7 @@ class Fp8MLP(Fp8Layer, MLP):
 class Fp8Experts(Fp8Layer, Experts):
     """Stacked experts. The weight of an expert multiplies its activations before they are cast."""
 
-    adds_to_gradients = False  # see adding_to_gradients
+    waiting: Waiting | None = None  # see adding_to_gradients
 
     def __init__(self, experts: Experts, ops: Any, recipe: Recipe) -> None:
         nn.Module.__init__(self)
@@ -265,8 +277,7 @@ class Fp8Experts(Fp8Layer, Experts):
         codes = self.codes("gate_up", self.gate_up_proj), self.codes("down", self.down_proj)
         ops, recipe = self.ops, self.recipe
         if torch.is_grad_enabled():
-            adds = self.adds_to_gradients
-            return _Experts.apply(x, weight, self.gate_up_proj, self.down_proj, sorting, codes, ops, recipe, adds)
+            return _Experts.apply(x, weight, self.gate_up_proj, self.down_proj, sorting, codes, ops, recipe, self)
         rows, _ = ops.permute_quantize(x, token, ends, recipe)
         gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)
         act, _ = ops.swiglu_quantize(gate_up, recipe, weight)
@@ -342,14 +353,14 @@ class _Experts(torch.autograd.Function):
         codes: tuple[Weight, Weight],
         ops: Any,
         recipe: Recipe,
-        adds: bool,
+        layer: Fp8Experts,
     ) -> Tensor:
         token, inverse, ends = sorting
         rows, columns = ops.permute_quantize(x, token, ends, recipe)
         gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)  # [M, 2I]
         act, kept = ops.swiglu_quantize(gate_up, recipe, weight)
         ctx.save_for_backward(weight, *sorting, *columns, *kept)
-        ctx.codes, ctx.ops, ctx.recipe, ctx.dtype, ctx.adds = codes, ops, recipe, x.dtype, adds
+        ctx.codes, ctx.ops, ctx.recipe, ctx.dtype, ctx.layer = codes, ops, recipe, x.dtype, layer
         ctx.parameters = gate_up_proj, down_proj  # not their values: where gradients are added up
         return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), inverse)
 
@@ -361,18 +372,29 @@ class _Experts(torch.autograd.Function):
         rows, columns = ops.permute_gradient(grads[0], token, ends, recipe)
         grad_act = ops.grouped_dgrad(rows, down_codes, ends, dtype)  # [M, I], of the weighted activations
         act, up_rows, up_columns, grad_weight = ops.swiglu_backward(kept, grad_act, ends, recipe, weight)
-        gate_up, down = ctx.parameters
-        grad_down = _weight_gradient(ops, columns, act, down, ctx.adds)  # [E, d, I]
-        grad_gate_up = _weight_gradient(ops, up_columns, inputs, gate_up, ctx.adds)  # [E, 2I, d]
-        grad_x = None
+        (gate_up, down), waiting = ctx.parameters, ctx.layer.waiting
+        grad_x = grad_gate_up = grad_down = None
+        # of a new gradient down's first product is computed at once: later on one of them waits when the other does not
+        if ctx.needs_input_grad[3]:
+            grad_down = _weight_gradient(ops, columns, act, down, waiting, first_waits=False)  # [E, d, I]
+        if ctx.needs_input_grad[2]:
+            grad_gate_up = _weight_gradient(ops, up_columns, inputs, gate_up, waiting, first_waits=True)  # [E, 2I, d]
         if ctx.needs_input_grad[0]:
             grad_x = ops.combine(ops.grouped_dgrad(up_rows, up_codes, ends, dtype), inverse)
         return grad_x, grad_weight, grad_gate_up, grad_down, None, None, None, None, None
 
 
-def _weight_gradient(ops: Any, grad: Columns, x: Columns, parameter: Tensor, adds: bool) -> Tensor | None:
-    """Of stacked experts # [E, N, K]; None where it was added to the gradient that the parameter has."""
-    if adds and parameter.grad is not None and parameter.grad.dtype == torch.float32:
-        ops.grouped_wgrad(grad, x, torch.float32, into=parameter.grad)
-        return None
-    return ops.grouped_wgrad(grad, x, parameter.dtype)
+def _weight_gradient(
+    ops: Any, grad: Columns, x: Columns, parameter: Tensor, waiting: Waiting | None, first_waits: bool
+) -> Tensor | None:
+    """Of stacked experts # [E, N, K]; None where it is added to the parameter's own, now or later."""
+    if waiting is None or not parameter.is_leaf or parameter.dtype != torch.float32:
+        return ops.grouped_wgrad(grad, x, parameter.dtype)
+    if parameter.grad is None and not first_waits:
+        return ops.grouped_wgrad(grad, x, torch.float32)
+    if parameter in waiting:
+        _, *earlier = waiting.pop(parameter)
+        parameter.grad = ops.grouped_wgrad(grad, x, torch.float32, parameter.grad, tuple(earlier))
+    else:
+        waiting[parameter] = ops, grad, x
+    return None

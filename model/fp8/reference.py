@@ -110,11 +110,20 @@ def grouped_dgrad(g: Rows, w: Weight, ends: Tensor | None, dtype: torch.dtype) -
     return _product(dequantize_rows(g), dequantize_weight(w, transposed=True), ends).to(dtype)
 
 
-def grouped_wgrad(g: Columns, x: Columns, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+def grouped_wgrad(
+    g: Columns,
+    x: Columns,
+    dtype: torch.dtype,
+    into: Tensor | None = None,
+    also: tuple[Columns, Columns] | None = None,
+) -> Tensor:
     """g # of [M, N], x # of [M, K] -> g^T x of each group, in dtype # [E, N, K]; zeros for one without tokens.
 
-    into # [E, N, K] float32: added to it instead.
+    into # [E, N, K] float32: added to it instead. also: another pair (g, x), of as many groups and as wide, whose
+    product is added up with the first one's.
     """
+    if also is not None:
+        return grouped_wgrad(g, x, torch.float32, grouped_wgrad(*also, torch.float32, into)).to(dtype)
     if into is not None:
         return into.add_(grouped_wgrad(g, x, into.dtype))
     left, right, starts = dequantize_columns(g), dequantize_columns(x), g.starts  # [P, N], [P, K]

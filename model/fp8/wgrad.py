@@ -3,7 +3,13 @@
 Both operands are column-wise forms, scaled a column and 128 tokens; groups start at multiples of 128 with zeros behind
 them, so a slab belongs to one group. Built as gemm.py is, but both scales of a slab are vectors, which makes twice the
 work of promoting it: three consumer warpgroups take turns, each with 64 rows of a tile of 192 x 128.
+
+FP32 results that are added to are more bytes than operands. So one call takes up to two sources (a, b), which are
+contracted one after the other: the results of two micro-batches are read and written once.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from model.fp8.forms import Columns
 from model.fp8.gemm import SHARED, descriptor, load_tile, processors, store_tile
 from model.fp8.tiles import largest_first
 from model.kernels.launch import launch
@@ -42,46 +49,60 @@ def _position(wave):
 
 
 @gluon.jit
-def _place(wave, starts, order, tiles_n, tiles_k):
-    """The tile of this wave: its group, its number along N and K, its first slab and the one behind its last."""
+def _place(wave, order, tiles_n, tiles_k):
+    """The tile of this wave: its group, its number along N and K."""
     tile = wave * gl.num_programs(0) + _position(wave)
     group = gl.load(order + tile // (tiles_n * tiles_k))
     inside = tile % (tiles_n * tiles_k)
-    return (
-        group,
-        inside % tiles_n,
-        inside // tiles_n,
-        gl.load(starts + group) // 128,
-        gl.load(starts + group + 1) // 128,
-    )
+    return group, inside % tiles_n, inside // tiles_n
 
 
 @gluon.jit
-def _produce(a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, order, groups, tiles_n, tiles_k):
+def _slabs(starts, group):
+    """The first slab of a group and the one behind its last."""
+    return gl.load(starts + group) // 128, gl.load(starts + group + 1) // 128
+
+
+@gluon.jit
+def _fetch(a_desc, b_desc, s_desc, slab, n, k, step, a0, a1, a2, b_ring, s_ring, full, empty):
     STAGES: gl.constexpr = b_ring.shape[0]
     BLOCK_K: gl.constexpr = b_ring.shape[1]
     BYTES: gl.constexpr = (192 + BLOCK_K) * 128 + BLOCK_K * 4
+    stage = step % STAGES
+    bar = full.index(stage)
+    mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(bar, BYTES)
+    load_tile(b_desc, [k, slab * 128], bar, b_ring.index(stage))
+    load_tile(s_desc, [slab, k], bar, s_ring.index(stage))
+    load_tile(a_desc, [n, slab * 128], bar, a0.index(stage))
+    load_tile(a_desc, [n + 64, slab * 128], bar, a1.index(stage))
+    load_tile(a_desc, [n + 128, slab * 128], bar, a2.index(stage))
+
+
+@gluon.jit
+def _produce(
+    a_desc, b_desc, s_desc, a_desc2, b_desc2, s_desc2, a0, a1, a2, b_ring, s_ring, full, empty, starts, starts2, order,
+    groups, tiles_n, tiles_k, TWO: gl.constexpr,
+):  # fmt: skip
     step = 0
     for wave in range(_turns(groups * tiles_n * tiles_k)):
-        _, n, k, first, last = _place(wave, starts, order, tiles_n, tiles_k)
-        n, k = n * 192, k * BLOCK_K
+        group, n, k = _place(wave, order, tiles_n, tiles_k)
+        n, k = n * 192, k * b_ring.shape[1]
+        first, last = _slabs(starts, group)
         for slab in range(first, last):
-            stage = step % STAGES
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(bar, BYTES)
-            load_tile(b_desc, [k, slab * 128], bar, b_ring.index(stage))
-            load_tile(s_desc, [slab, k], bar, s_ring.index(stage))
-            load_tile(a_desc, [n, slab * 128], bar, a0.index(stage))
-            load_tile(a_desc, [n + 64, slab * 128], bar, a1.index(stage))
-            load_tile(a_desc, [n + 128, slab * 128], bar, a2.index(stage))
+            _fetch(a_desc, b_desc, s_desc, slab, n, k, step, a0, a1, a2, b_ring, s_ring, full, empty)
             step += 1
+        if TWO:
+            first, last = _slabs(starts2, group)
+            for slab in range(first, last):
+                _fetch(a_desc2, b_desc2, s_desc2, slab, n, k, step, a0, a1, a2, b_ring, s_ring, full, empty)
+                step += 1
 
 
 @gluon.jit
 def _consume(
-    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, old, staged, out_desc, a_scale, out, starts, order,
-    groups, tiles_n, tiles_k, N, K, ADD: gl.constexpr,
+    third: gl.constexpr, a_ring, b_ring, s_ring, full, empty, old, staged, out_desc, a_scale, a_scale2, out, starts,
+    starts2, order, groups, tiles_n, tiles_k, N, K, ADD: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = b_ring.shape[0]
     BLOCK_K: gl.constexpr = b_ring.shape[1]
@@ -90,10 +111,17 @@ def _consume(
     step = 0
     running = gl.zeros([64, BLOCK_K], gl.float32, ACC)
     for wave in range(_turns(groups * tiles_n * tiles_k)):
-        group, n, k, first, last = _place(wave, starts, order, tiles_n, tiles_k)
+        group, n, k = _place(wave, order, tiles_n, tiles_k)
         n, k = n * 192 + third * 64, k * BLOCK_K
         rows = n + gl.arange(0, 64, ROW)
+        first, last = _slabs(starts, group)
         a_ptr = a_scale + first * N + rows
+        switch = last
+        if TWO:  # slabs of the second source are counted on; its scales lie elsewhere
+            first2, last2 = _slabs(starts2, group)
+            last += last2 - first2
+            a_ptr2 = a_scale2 + first2 * N + rows
+            a_ptr = gl.where(first < switch, a_ptr, a_ptr2)
         if ADD:  # what is added to arrives while the tile is computed
             tma.store_wait(0)
             mbarrier.expect(old.index(third), 64 * BLOCK_K * 4)
@@ -106,6 +134,8 @@ def _consume(
             b = b_ring.index(stage).permute((1, 0))
             token = warpgroup_mma(a_ring.index(stage), b, running, use_acc=False, is_async=True)
             a_ptr += N
+            if TWO:
+                a_ptr = gl.where(slab + 1 == switch, a_ptr2, a_ptr)
             sa_next = gl.load(a_ptr, mask=(rows < N) & (slab + 1 < last), other=0.0)
             running = warpgroup_mma_wait(0, deps=[token])
             sb = s_ring.index(stage).load(ACC)
@@ -130,10 +160,12 @@ def _consume(
 
 @gluon.jit
 def wgrad_kernel(
-    a_desc, b_desc, s_desc, out_desc, a_scale, out, starts, order, groups, N, K, STAGES: gl.constexpr,
-    ADD: gl.constexpr,
+    a_desc, b_desc, s_desc, a_scale, starts, a_desc2, b_desc2, s_desc2, a_scale2, starts2, out_desc, out, order,
+    groups, N, K, STAGES: gl.constexpr, ADD: gl.constexpr, TWO: gl.constexpr,
 ):  # fmt: skip
-    """out # [E, N, K]: a # [N, tokens] times b # [K, tokens] transposed over each group, added with ADD."""
+    """out # [E, N, K]: a # [N, tokens] times b # [K, tokens] transposed over each group; with TWO plus that of a second
+    source, whose arguments are None otherwise; with ADD plus what out holds.
+    """
     BLOCK_K: gl.constexpr = b_desc.block_type.shape[0]
     a0 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
     a1 = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 128], a_desc.layout)
@@ -157,37 +189,39 @@ def wgrad_kernel(
     third2: gl.constexpr = 2
     gl.warp_specialize(
         [
-            (_consume, (third0, a0, b_ring, s_ring, full, empty, old, staged.index(0), out_desc, a_scale, out, starts,
-                        order, groups, tiles_n, tiles_k, N, K, ADD)),
-            (_consume, (third1, a1, b_ring, s_ring, full, empty, old, staged.index(1), out_desc, a_scale, out, starts,
-                        order, groups, tiles_n, tiles_k, N, K, ADD)),
-            (_consume, (third2, a2, b_ring, s_ring, full, empty, old, staged.index(2), out_desc, a_scale, out, starts,
-                        order, groups, tiles_n, tiles_k, N, K, ADD)),
-            (_produce, (a_desc, b_desc, s_desc, a0, a1, a2, b_ring, s_ring, full, empty, starts, order, groups,
-                        tiles_n, tiles_k)),
+            (_consume, (third0, a0, b_ring, s_ring, full, empty, old, staged.index(0), out_desc, a_scale, a_scale2,
+                        out, starts, starts2, order, groups, tiles_n, tiles_k, N, K, ADD, TWO)),
+            (_consume, (third1, a1, b_ring, s_ring, full, empty, old, staged.index(1), out_desc, a_scale, a_scale2,
+                        out, starts, starts2, order, groups, tiles_n, tiles_k, N, K, ADD, TWO)),
+            (_consume, (third2, a2, b_ring, s_ring, full, empty, old, staged.index(2), out_desc, a_scale, a_scale2,
+                        out, starts, starts2, order, groups, tiles_n, tiles_k, N, K, ADD, TWO)),
+            (_produce, (a_desc, b_desc, s_desc, a_desc2, b_desc2, s_desc2, a0, a1, a2, b_ring, s_ring, full, empty,
+                        starts, starts2, order, groups, tiles_n, tiles_k, TWO)),
         ],
         [4, 4, 1],
         [160, 160, 24],
     )  # fmt: skip
 
 
-def grouped_outer(
-    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, starts: Tensor, dtype: torch.dtype, into: Tensor | None
-) -> Tensor:
-    """a # [N, P], its scales # [P/128, N], b # [K, P] and its own, starts # [E + 1] -> # [E, N, K] in dtype.
+def grouped_outer(sources: Sequence[tuple[Columns, Columns]], dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """One or two pairs (a # of [M, N], b # of [M, K]) of E groups -> # [E, N, K] in dtype.
 
-    For each group a b^T over its own columns; zeros for a group without any. into # [E, N, K] float32 is added to.
+    For each group the sum of a^T b over the pairs, whose groups may have other sizes; zeros for one without rows.
+    into # [E, N, K] float32 is added to.
     """
-    N, P, K, E = *a.shape, len(b), len(starts) - 1
-    out = torch.empty(E, N, K, dtype=dtype, device=a.device) if into is None else into
-    if P == 0:
+    (first, other), E = sources[0], len(sources[0][0].starts) - 1
+    N, K = len(first.codes), len(other.codes)
+    out = torch.empty(E, N, K, dtype=dtype, device=first.codes.device) if into is None else into
+    sources = [pair for pair in sources if pair[0].codes.shape[1]]  # no tensor map describes nothing
+    if not sources:
         return out.zero_() if into is None else into
-    a_desc = descriptor(a, [ROWS, 128], SHARED)
-    b_desc = descriptor(b, [BLOCK_K, 128], SHARED)
-    s_desc = descriptor(b_scales, [1, BLOCK_K], FLAT)
+    args: list[Any] = []
+    for a, b in sources:
+        args += descriptor(a.codes, [ROWS, 128], SHARED), descriptor(b.codes, [BLOCK_K, 128], SHARED)
+        args += descriptor(b.scales, [1, BLOCK_K], FLAT), a.scales, a.starts
+    args += [None] * (10 - len(args))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * out.element_size(), rank=2)
-    out_desc = descriptor(out.view(E * N, K), [ROWS, BLOCK_K], layout)
-    grid = (min(processors(a.device), E * -(-N // BLOCK_N) * -(-K // BLOCK_K)),)
-    args = a_desc, b_desc, s_desc, out_desc, a_scales, out, starts, largest_first(starts), E, N, K
-    launch(wgrad_kernel, grid, args, (STAGES, into is not None), num_warps=4)
+    args += descriptor(out.view(E * N, K), [ROWS, BLOCK_K], layout), out, largest_first(sources[0][0].starts), E, N, K
+    grid = (min(processors(out.device), E * -(-N // BLOCK_N) * -(-K // BLOCK_K)),)
+    launch(wgrad_kernel, grid, tuple(args), (STAGES, into is not None, len(sources) == 2), num_warps=4)
     return out

@@ -19,7 +19,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: tuple[Any, ...], **options: Any
 ) -> None:
-    """kernel[grid](*args, *constants, **options). Arguments are tensors, integers and descriptors.
+    """kernel[grid](*args, *constants, **options). Arguments are tensors, integers, descriptors and None.
 
     A kernel is compiled for their dtypes, whether pointers are aligned to 16 bytes, whether an integer is 1, a multiple
     of 16 or has 64 bits, and the constants.
@@ -35,7 +35,7 @@ def launch(
         elif isinstance(x, Tensor):
             key += x.dtype, x.data_ptr() % 16 == 0
         else:
-            key.append(x.base.dtype)
+            key.append(None if x is None else x.base.dtype)
     found = tuple(key)
     if found in _compiled:
         _compiled[found][(*grid, 1, 1)[:3]](*args, *constants)

@@ -3,16 +3,18 @@
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from model import DeepseekV3ForCausalLM, SequenceLayout
+from model import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout
 from model.fp8 import reference
 from model.fp8.forms import Columns, Recipe, Rows, Weight
-from model.fp8.modules import to_fp8
+from model.fp8.modules import Fp8Experts, adding_to_gradients, to_fp8
+from model.moe import Experts, Routing
 from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
@@ -218,6 +220,73 @@ def test_products(sizes: list[int], shape: tuple[int, int], dtype: torch.dtype) 
         into = before.clone()
         assert kernels.grouped_wgrad(columns, other, dtype, into) is into
         torch.testing.assert_close(into, before + dw, rtol=1e-5, atol=2e-5)
+
+
+@products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(256, 128), (208, 144), (384, 1408)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ([0, 1, 127, 0, 128, 129, 0], [5, 0, 300, 0, 0, 700, 1]),
+        ([0, 0], [0, 130]),
+        ([3, 513], [0, 0]),
+        ([0], [0]),
+        ([300], [1000]),
+        ([64 * e for e in range(16)], [1000 - 60 * e for e in range(16)]),  # several tiles a program
+    ],
+    ids=str,
+)
+def test_two_weight_gradients_at_a_time(
+    sizes: tuple[list[int], list[int]], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Of pairs with groups of other sizes: within FP32's rounding of their own products' sum."""
+    (n, k), E = shape, len(sizes[0])
+    pairs = [products_of(part, n, k, gradient=True)[1:3] for part in sizes]
+    (g, x), earlier = pairs
+    parts = [kernels.grouped_wgrad(*pair, torch.float32) for pair in pairs]
+    exact = reference.grouped_wgrad(g, x, torch.float32, also=earlier)
+    poison()
+    dw = kernels.grouped_wgrad(g, x, dtype, also=earlier)
+    assert dw.shape == (E, n, k) and dw.dtype == dtype
+    rtol = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(dw.float(), parts[0] + parts[1], rtol=rtol, atol=1e-4)
+    assert_product(dw, exact.to(dtype))
+    if dtype == torch.float32:
+        before = torch.randn_like(dw)
+        into = before.clone()
+        assert kernels.grouped_wgrad(g, x, dtype, into, earlier) is into
+        torch.testing.assert_close(into, before + dw, rtol=1e-5, atol=2e-5)
+
+
+@products
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4])
+def test_gradients_of_experts(microbatches: int, make_config: Callable[..., DeepseekV3Config]) -> None:
+    """Added in products for two micro-batches at a time, against those that autograd adds up."""
+    plain = Experts(make_config(hidden_size=256, moe_intermediate_size=128, n_routed_experts=8)).to(DEVICE)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    experts = Fp8Experts(plain, kernels, Recipe())
+    batches = []
+    for n in range(microbatches):
+        choice = torch.randn(300 + 50 * n, 7, device=DEVICE).topk(2).indices  # the last expert has no tokens
+        routing = Routing(
+            choice,
+            torch.rand(choice.shape, device=DEVICE),
+            torch.empty(0),
+            torch.bincount(choice.flatten(), minlength=8),
+        )
+        batches.append((torch.randn(len(choice), 256, device=DEVICE).bfloat16().requires_grad_(), routing))
+    found = []
+    for context in (nullcontext, adding_to_gradients):
+        experts.zero_grad()
+        with context(experts):
+            for x, routing in batches:
+                experts(x, routing).float().square().sum().backward()
+        found.append([parameter.grad for parameter in experts.parameters()])
+    for want, got in zip(*found, strict=True):
+        assert want is not None and got is not None and want.any() and not want[7].any()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
 @products

@@ -215,3 +215,20 @@ def test_all_codes() -> None:
     assert torch.equal(got[want.isfinite()], want[want.isfinite()]) and int(want.isnan().sum()) == 2
     columns = Columns(codes[:128].t(), torch.ones(1, 1), torch.tensor([0, 128], dtype=torch.int32))
     assert torch.equal(fp8.dequantize_columns(columns)[:127], want[:127])
+
+
+def test_two_weight_gradients_at_a_time() -> None:
+    """The bits of one after the other; in BF16 rounded once."""
+    pairs: list[tuple[Columns, Columns]] = []
+    for sizes in ([0, 130, 5], [200, 0, 1]):
+        ends = torch.tensor(sizes).cumsum(0).int()
+        g, x = (fp8.quantize_columns(torch.randn(sum(sizes), n), ends, Recipe()) for n in (48, 80))
+        pairs.append((g, x))
+    (g, x), earlier = pairs
+    one, other = fp8.grouped_wgrad(*earlier, torch.float32), fp8.grouped_wgrad(g, x, torch.float32)
+    both = fp8.grouped_wgrad(g, x, torch.float32, also=earlier)
+    assert both.shape == (3, 48, 80) and torch.equal(both, one + other) and one[0].any() != one[1].any()
+    assert torch.equal(fp8.grouped_wgrad(g, x, torch.bfloat16, also=earlier), both.bfloat16())
+    into = torch.randn_like(both)
+    want = into + one + other
+    assert fp8.grouped_wgrad(g, x, torch.float32, into, earlier) is into and torch.equal(into, want)
