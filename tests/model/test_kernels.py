@@ -295,6 +295,7 @@ def test_embedding(dtype: torch.dtype, width: int) -> None:
 
 
 ROUTERS = {  # experts, of a token, groups, groups kept, normalised
+    "one token": (8, 2, 1, 1, True),
     "plain": (8, 2, 1, 1, True),
     "odd": (11, 3, 1, 1, False),
     "groups": (24, 4, 4, 2, True),
@@ -305,16 +306,15 @@ ROUTERS = {  # experts, of a token, groups, groups kept, normalised
 @kernel
 @DTYPES
 @pytest.mark.parametrize("case", ROUTERS)
-@pytest.mark.parametrize("tokens", [1, 37])
 @pytest.mark.parametrize("replayed", [False, True])
 def test_router(
-    dtype: torch.dtype, case: str, tokens: int, replayed: bool, make_config: Callable[..., DeepseekV3Config],
+    dtype: torch.dtype, case: str, replayed: bool, make_config: Callable[..., DeepseekV3Config],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Choices, weights, sorting and gradients against the plain router on a CPU in FP32."""
     monkeypatch.setattr(router_kernel, "TILE", 64)
     monkeypatch.setattr(router_kernel, "PROGRAMS", 3)
-    experts, top, groups, kept, normalised = ROUTERS[case]
+    tokens, (experts, top, groups, kept, normalised) = 1 if case == "one token" else 21, ROUTERS[case]
     options = {"n_group": groups, "topk_group": kept, "norm_topk_prob": normalised, "routed_scaling_factor": 2.5}
     plain = TopkRouter(make_config(n_routed_experts=experts, num_experts_per_tok=top, **options))
     width = plain.weight.shape[1]
