@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import sum_of
-from model.kernels.launch import launch
+from model.kernels.launch import ceil_div, launch
 
 BLOCK = 512  # channels of a row at a time: a frequent token's rows are added up one after another
 
@@ -49,7 +49,7 @@ class _Embedded(torch.autograd.Function):
         ids, order = ids.to(torch.int32).sort(stable=True)  # half the passes that int64 takes
         ends, (T, D) = torch.searchsorted(ids, ids, right=True), grad.shape
         if T:
-            launch(_add_rows_kernel, (T * triton.cdiv(D, BLOCK),), (ids, order, ends, grad, total, D), (BLOCK,))
+            launch(_add_rows_kernel, (T * ceil_div(D, BLOCK),), (ids, order, ends, grad, total, D), (BLOCK,))
         return None, None
 
 

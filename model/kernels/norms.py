@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import sum_of
-from model.kernels.launch import launch, power_of_two
+from model.kernels.launch import ceil_div, launch, power_of_two
 
 PROGRAMS = 528  # of a backward pass, each with a sum of the weight's gradient: four on each of 132 multiprocessors
 COLUMNS, PARTS = 32, 64  # of those sums, added up at a time
@@ -140,7 +140,7 @@ class _RMSNorm(torch.autograd.Function):
             total = sum_of(ctx.parameter)
             d_weight = torch.empty_like(weight) if total is None else None
             args = (parts, d_weight if total is None else total, programs, D)
-            launch(_weight_gradient_kernel, (triton.cdiv(D, COLUMNS),), args, (total is not None, PARTS, COLUMNS))
+            launch(_weight_gradient_kernel, (ceil_div(D, COLUMNS),), args, (total is not None, PARTS, COLUMNS))
         return d_x, d_x if ctx.needs_input_grad[1] else None, d_weight, None, None
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels import sum_of
-from model.kernels.launch import launch
+from model.kernels.launch import ceil_div, launch, power_of_two
 
 TILE = 2048  # scores at a time
 PROGRAMS = 256  # at most: each reads the tokens per expert of all of them
@@ -193,8 +193,8 @@ def _choose_backward_kernel(
 
 def _tile(E: int, top: int) -> tuple[int, int, int]:
     """Tokens at a time, and powers of two that hold a token's scores and its choices."""
-    width = triton.next_power_of_2(E)
-    return max(TILE // width, 1), width, triton.next_power_of_2(top)
+    width = power_of_two(E)
+    return max(TILE // width, 1), width, power_of_two(top)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -212,15 +212,15 @@ class _Choose(torch.autograd.Function):
         logits = product(x, weight.t())  # [T, E]
         (T, E), top, like = logits.shape, choice.top, {"device": x.device}
         rows, width, slots = _tile(E, top)
-        turns = max(triton.cdiv(T, rows * PROGRAMS), 1)
-        grid = (max(triton.cdiv(T, rows * turns), 1),)
+        turns = max(ceil_div(T, rows * PROGRAMS), 1)
+        grid = (max(ceil_div(T, rows * turns), 1),)
         held = torch.empty(grid[0], E, dtype=torch.int32, **like)
         scores, weights = torch.empty_like(logits), torch.empty(T, top, **like)
         experts, places = (torch.empty(T, top, dtype=torch.int64, **like) for _ in range(2))
         differs = torch.empty(T, dtype=torch.bool, **like)
         recorded = experts if replay is None else replay.contiguous()
         args = (logits, bias, recorded, scores, experts, weights, differs, held, T, E, turns)
-        tiles = (rows, width, slots, triton.next_power_of_2(choice.groups))
+        tiles = (rows, width, slots, power_of_two(choice.groups))
         launch(_choose_kernel, grid, args, (*choice, replay is not None, *tiles))
         counts, ends = torch.empty(E, dtype=torch.int64, **like), torch.empty(E, dtype=torch.int32, **like)
         token, row_weights = torch.empty(T * top, dtype=torch.int64, **like), torch.empty(T * top, **like)
@@ -245,7 +245,7 @@ class _Choose(torch.autograd.Function):
         args = (scores, experts, places, *(scores if grad is None else grad for grad in given), out, T, E)
         flags = (choice.top, choice.normalised, choice.scaling, *(grad is not None for grad in given), parts)
         if T:
-            grid = (triton.cdiv(T, rows),)
+            grid = (ceil_div(T, rows),)
             launch(_choose_backward_kernel, grid, args, (*flags, rows, width, slots))
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
