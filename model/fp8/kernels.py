@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from model.fp8 import casts, dense, reference, swiglu
+from model.fp8.both import cast_both
 from model.fp8.forms import Columns, Recipe, Rows, Weight
 from model.fp8.gemm import grouped_product
 from model.fp8.tiles import tiles
@@ -37,13 +38,13 @@ def quantize_rows(x: Tensor, recipe: Recipe) -> Rows:
 
 def quantize_both(x: Tensor, ends: Tensor | None, recipe: Recipe) -> tuple[Rows, Columns]:
     """x # [M, K] FP32 or BF16, groups that end at ends # [E] -> both forms, in one pass."""
-    rows, columns = casts.cast(x.contiguous(), tiles(ends, x.shape[0], x.device), recipe.ue8m0)
+    rows, columns = cast_both(x.contiguous(), tiles(ends, x.shape[0], x.device), recipe.ue8m0)
     return Rows(*rows), Columns(*columns)
 
 
 def permute_quantize(x: Tensor, token: Tensor, ends: Tensor, recipe: Recipe) -> tuple[Rows, Columns]:
     """Both forms of x[token], x # [T, K], token # [M] int64, in one pass."""
-    rows, columns = casts.cast(x.contiguous(), tiles(ends, token.shape[0], x.device), recipe.ue8m0, token=token)
+    rows, columns = cast_both(x.contiguous(), tiles(ends, token.shape[0], x.device), recipe.ue8m0, token)
     return Rows(*rows), Columns(*columns)
 
 
