@@ -9,7 +9,6 @@ made. Codes are staged and leave as whole lines by TMA, those of columns from wh
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -17,10 +16,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, tma
 
 from model.fp8 import casts
-from model.fp8.casts import inverse_of, largest_half, numbers, packing, quotient, scale_of, two_codes
+from model.fp8.casts import (
+    empty_columns,
+    empty_form,
+    inverse_of,
+    largest_half,
+    numbers,
+    packing,
+    quotient,
+    scale_of,
+    two_codes,
+)
 from model.fp8.gemm import descriptor, store_tile
 from model.fp8.tiles import Tiles
-from model.kernels.launch import INTERPRET, launch
+from model.kernels.launch import INTERPRET, ceil_div, launch
 
 WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 PAIRS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -151,23 +160,20 @@ def cast_both(
     x: Tensor, tiles: Tiles, ue8m0: bool, token: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """x # [M, K] (or [T, K] gathered by token # [M]), BF16 or FP32 -> (codes, scales) of rows, (codes, scales, starts)
-    of columns. Where K is no multiple of 16, casts.py does it.
+    of columns. Where lines of x do not begin at multiples of 16 bytes, casts.py does it.
     """
-    M, K = len(x) if token is None else len(token), x.shape[1]
-    if INTERPRET or K % 16:
+    M, K = (x if token is None else token).shape[0], x.shape[1]
+    if INTERPRET or K % 16 or x.data_ptr() % 16:
         return casts.cast(x, tiles, ue8m0, token=token)
-    half, P, device = packing(x)[0], tiles.most * 128, x.device
-    codes = torch.empty(M, K, dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.empty(triton.cdiv(K, 128), M, device=device)
-    codes_t = torch.empty(K, P, dtype=torch.float8_e4m3fn, device=device)
-    scales_t = torch.empty(P // 128, K, device=device)
-    if P:
-        words = x.view(torch.int32)
+    half, device = packing(x)[0], x.device
+    (codes, scales), (codes_t, scales_t) = empty_form(M, K, device), empty_columns(K, tiles.most * 128, device)
+    if tiles.most:
+        row_desc = descriptor(codes.view(torch.int16), [128, 64], PAIRS.value)
+        column_desc = descriptor(codes_t.view(torch.int32), [128, 32], WORDS.value)
+        words = x, torch.int32
         launch(
-            _both_kernel, (triton.cdiv(K, 128), tiles.most),
-            (words, words if token is None else token, tiles.table,
-             descriptor(codes.view(torch.int16), [128, 64], PAIRS.value), scales,
-             descriptor(codes_t.view(torch.int32), [128, 32], WORDS.value), scales_t, M, K),
+            _both_kernel, (ceil_div(K, 128), tiles.most),
+            (words, words if token is None else token, tiles.table, row_desc, scales, column_desc, scales_t, M, K),
             (token is not None, half, ue8m0, WARPS[half]), num_warps=WARPS[half], maxnreg=REGISTERS,
         )  # fmt: skip
-    return (codes, scales.t()), (codes_t, scales_t, tiles.starts)
+    return (codes, scales), (codes_t, scales_t, tiles.starts)
