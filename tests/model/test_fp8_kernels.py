@@ -82,6 +82,19 @@ def test_casts_write_the_reference_bytes_and_scales(sizes: list[int], ue8m0: boo
 
 
 @casts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lines_that_do_not_begin_at_16_bytes(dtype: torch.dtype) -> None:
+    """By their length, or as memory begins elsewhere: they cannot be copied by 16 bytes."""
+    ends = ends_of([0, 130, 3])
+    odd = wide(133, 200 if dtype == torch.bfloat16 else 202, dtype=dtype)
+    elsewhere = wide(1, 133 * 208 + 2, dtype=dtype)[0, 2:].view(133, 208)
+    for x in (odd, elsewhere):
+        poison()
+        for ours, theirs in zip(*(m.quantize_both(x, ends, Recipe()) for m in (kernels, reference))):
+            assert_same(ours, theirs)
+
+
+@casts
 def test_every_quotient_of_two_bf16_numbers() -> None:
     # A tile's scale follows from its largest number, so this is all there is but for powers of two: 128 significands
     # of the largest by 128 of each other number, of every exponent down to those that become zero.
