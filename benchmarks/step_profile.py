@@ -65,7 +65,7 @@ def labelled(learner: Learner) -> Iterator[None]:
         around(model.attention, "attention_core", "attention core")
         around(grpo.learner, "token_logprobs", "head and loss")
         around(grpo.learner, "policy_loss", "head and loss")
-        around(learner.policy, "clip", "clipping")
+        around(learner.policy, "gradient_norms", "gradient norms")
         around(learner.policy, "publish", "weight casts")
         around(learner.optimizer, "step", "optimiser")
         for layer in learner.policy.model.modules():

@@ -117,9 +117,9 @@ class Policy(ABC):
                 hook.remove()
                 del parameter.master
 
-    def clip(self, max_norm: float) -> list[torch.Tensor]:
-        """Clips the gradients; returns their norms before, the policy's first."""
-        return [torch.nn.utils.clip_grad_norm_(self.master, max_norm, foreach=True)]
+    def gradient_norms(self) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Masters, and the norm of their gradients by which they are clipped; the policy's first."""
+        return [(self.master, _norm(self.master))]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -127,6 +127,10 @@ class Policy(ABC):
         for parameter, master in zip(self.parameters, self.master):
             if parameter is not master:
                 parameter.copy_(master)
+
+
+def _norm(master: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([m.grad for m in master if m.grad is not None], foreach=True)
 
 
 def _collect(master: torch.Tensor, parameter: torch.Tensor) -> None:
@@ -215,16 +219,13 @@ class DeepseekV3Policy(Policy):
             bias = router.e_score_correction_bias
             bias.copy_(balanced_bias(bias, F.pad(count, (0, len(bias) - len(count))), rate))
 
-    def clip(self, max_norm: float) -> list[torch.Tensor]:
-        """Clips the gradients; returns their norms before.
-
-        Two where MTP is trained apart, the policy's first: in one common norm its gradient would scale the policy's.
-        """
+    def gradient_norms(self) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Two where MTP is trained apart: in one common norm its gradient would scale the policy's."""
         apart = self.auxiliary.mtp_loss_weight > 0 and self.auxiliary.mtp_detach
         parts: dict[bool, list[torch.Tensor]] = {}
         for name, master in zip(self.names, self.master):
             parts.setdefault(apart and name.startswith("mtp_layers."), []).append(master)
-        return [torch.nn.utils.clip_grad_norm_(part, max_norm, foreach=True) for _, part in sorted(parts.items())]
+        return [(part, _norm(part)) for _, part in sorted(parts.items())]
 
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:

@@ -72,13 +72,13 @@ def test_log_probabilities(dtype: torch.dtype, vocabulary: int, temperature: flo
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 def test_adamw(moments: torch.dtype) -> None:
     """An update from given moments, against algorithm 2 of arXiv 1711.05101 in float64."""
-    shape, step, lr, (beta1, beta2), decay = (37, 61), 4, 1e-2, (0.9, 0.95), 0.1
+    shape, step, lr, (beta1, beta2), decay, scale = (37, 61), 4, 1e-2, (0.9, 0.95), 0.1, 0.3
     weight, grad = normal(*shape), normal(*shape) * torch.logspace(-6, 0, shape[1], device=DEVICE)
     first, second = (grad * normal(*shape)).to(moments), (grad**2 * normal(*shape).abs()).to(moments)
-    w, g, m, v = (t.double() for t in (weight, grad, first, second))
+    w, g, m, v = (t.double() for t in (weight, grad * scale, first, second))
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
     want = w * (1 - lr * decay) - lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
-    adamw_(weight, grad, first, second, step, lr, (beta1, beta2), 1e-8, decay)
+    adamw_(weight, grad, scale, first, second, step, lr, (beta1, beta2), 1e-8, decay)
     torch.testing.assert_close(weight.double(), want, rtol=0, atol=1e-6)
     low = moments == torch.bfloat16
     torch.testing.assert_close(first.double(), m, rtol=2**-7 if low else 1e-4, atol=1e-12)
