@@ -65,6 +65,8 @@ def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = N
                 for parameter in new.parameters():
                     if parameter.requires_grad:  # else nothing moves it by less than its dtype can hold
                         parameter.data = parameter.data.float()
+        if isinstance(parent, MultiheadLatentAttention):
+            _share_cast(getattr(parent, "q_proj", None) or parent.q_a_proj, parent.kv_a_proj_with_mqa)
 
 
 @cache
@@ -201,6 +203,8 @@ class Fp8Layer:
 class Fp8Linear(Fp8Layer, nn.Linear):
     """A Linear layer without bias."""
 
+    shared: list[tuple[Tensor, int, tuple[Rows, Columns]]] | None = None  # see _share_cast
+
     def __init__(self, linear: nn.Linear, ops: Any, recipe: Recipe) -> None:
         assert linear.bias is None, "FP8 layers have no bias"
         nn.Module.__init__(self)
@@ -219,7 +223,16 @@ class Fp8Linear(Fp8Layer, nn.Linear):
         codes = self.codes("weight", self.weight)
         if not torch.is_grad_enabled():
             return self.ops.grouped_linear(self.ops.quantize_rows(x, self.recipe), codes, None, x.dtype)
-        return _Linear.apply(x, self.weight, codes, self.ops, self.recipe)
+        return _Linear.apply(x, self.weight, codes, self.ops, self.recipe, self.shared)
+
+
+def _share_cast(one: nn.Module, other: nn.Module) -> None:
+    """Two layers that are given the same tensor in training: whichever is first casts it for both.
+
+    In between the list that they share holds the tensor, its version and its forms, then nothing.
+    """
+    if isinstance(one, Fp8Linear) and isinstance(other, Fp8Linear):
+        one.shared = other.shared = []
 
 
 class Fp8MLP(Fp8Layer, MLP):
@@ -288,8 +301,15 @@ class _Linear(torch.autograd.Function):
     """x # [M, K] -> # [M, N]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, codes: Weight, ops: Any, recipe: Recipe) -> Tensor:
-        rows, columns = ops.quantize_both(x, None, recipe)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, codes: Weight, ops: Any, recipe: Recipe, shared: list[Any] | None
+    ) -> Tensor:
+        of, version, forms = shared.pop() if shared else (None, 0, None)
+        if of is not x or version != x._version:
+            forms = ops.quantize_both(x, None, recipe)
+            if shared is not None:
+                shared.append((x, x._version, forms))
+        rows, columns = forms
         ctx.save_for_backward(*columns)
         ctx.codes, ctx.ops, ctx.recipe, ctx.dtypes = codes, ops, recipe, (x.dtype, weight.dtype)
         return ops.grouped_linear(rows, codes, None, x.dtype)
@@ -301,7 +321,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ops.grouped_dgrad(rows, ctx.codes, None, ctx.dtypes[0])
         grad_weight = ops.grouped_wgrad(columns, Columns(*ctx.saved_tensors), ctx.dtypes[1])[0]
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
 class _MLP(torch.autograd.Function):
