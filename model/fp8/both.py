@@ -160,10 +160,10 @@ def cast_both(
     x: Tensor, tiles: Tiles, ue8m0: bool, token: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """x # [M, K] (or [T, K] gathered by token # [M]), BF16 or FP32 -> (codes, scales) of rows, (codes, scales, starts)
-    of columns. Where lines of x do not begin at multiples of 16 bytes, casts.py does it.
+    of columns. Where lines of x do not begin at multiples of 16 bytes, or there are none, casts.py does it.
     """
     M, K = (x if token is None else token).shape[0], x.shape[1]
-    if INTERPRET or K % 16 or x.data_ptr() % 16:
+    if INTERPRET or M == 0 or K % 16 or x.data_ptr() % 16:  # no tensor map describes nothing
         return casts.cast(x, tiles, ue8m0, token=token)
     half, device = packing(x)[0], x.device
     (codes, scales), (codes_t, scales_t) = empty_form(M, K, device), empty_columns(K, tiles.most * 128, device)

@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
 casts = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
 products = pytest.mark.skipif(not GPU, reason="needs a Hopper GPU")
-SIZES = [[0, 1, 127, 0, 128, 129, 0], [0], [300], [0, 0, 513]]  # tokens of each group
+SIZES = [[0, 1, 127, 0, 128, 129, 0], [0, 0], [0], [300], [0, 0, 513]]  # tokens of each group
 if GPU or INTERPRETED:
     from model.fp8 import kernels
     from model.fp8.tiles import largest_first
