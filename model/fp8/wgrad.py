@@ -212,6 +212,7 @@ def grouped_outer(sources: Sequence[tuple[Columns, Columns]], dtype: torch.dtype
     (first, other), E = sources[0], sources[0][0].starts.shape[0] - 1
     N, K = first.codes.shape[0], other.codes.shape[0]
     out = torch.empty(E, N, K, dtype=dtype, device=first.codes.device) if into is None else into
+    assert out.is_contiguous(), f"{out.stride()=}"
     sources = [pair for pair in sources if pair[0].codes.shape[1]]  # no tensor map describes nothing
     if not sources:
         return out.zero_() if into is None else into
