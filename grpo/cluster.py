@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,11 +291,18 @@ class RemoteCall:
 
 
 def _send_token() -> None:
-    """To be called before Ray is imported: `ray start` asks for the token once there is one, but to an address that it
-    is given Ray does not send it by itself.
+    """`ray start` asks for the token once there is one, but to an address that it is given Ray does not send it by
+    itself.
     """
-    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    found = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if "RAY_AUTH_MODE" in os.environ or not (found or (Path.home() / ".ray" / "auth_token").is_file()):
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "ray" in sys.modules:  # it read the variable when it was imported; it has no public way to read it again
+        with suppress(ImportError, AttributeError):
+            from ray._raylet import Config  # pyright: ignore
+
+            Config.initialize("")
 
 
 def start_ray(address: str) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,18 @@ def test_no_cluster_is_one_clear_line(capfd: pytest.CaptureFixture[str]) -> None
     code, _, err = run(capfd, "submit", SMOKE, "--address", "http://127.0.0.1:9")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and "http://127.0.0.1:9" in errors[0], err
+
+
+def test_the_token_is_sent_whoever_imported_ray_first(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("00" * 32)
+    lines = ["import ray", "from grpo.cluster import _send_token", "_send_token()"]
+    lines += ["from ray._raylet import AuthenticationMode, get_authentication_mode"]
+    lines += ["assert get_authentication_mode() == AuthenticationMode.TOKEN"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_head_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
