@@ -141,7 +141,7 @@ def gradients(gate, up, grad, gate_scale, up_scale, weight, INTERPRET: tl.conste
     share = sigmoid(gate, INTERPRET)
     silu, weighted = gate * share, up * up_scale
     shared = grad * silu
-    slope = tl.fma(silu, 1.0 - share, share)
+    slope = share * tl.fma(gate, 1.0 - share, 1.0)
     return silu * weighted, grad * weighted * slope, shared * weight, shared * up
 
 
