@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,6 +101,7 @@ CONTINUED = replace(FULL, before=300, learning_rate=2.2e-4)
 TINY = Setup(MODEL | SMALL, 4, 64, steps=8, device="cpu", fp8="emulate", learning_rate=6e-4, warmup_steps=2)
 
 
+@cache
 def text() -> np.ndarray:
     """[N] uint8"""
     folder = Path(sysconfig.get_path("stdlib"))

@@ -34,7 +34,7 @@ LINEARS, EXPERTS, MLPS = "attention linears", "routed experts", "shared experts,
 IN_FP8 = (LINEARS, EXPERTS, MLPS)  # parts whose products FP8 makes faster
 OTHER = "residuals, the rest"
 PRODUCT = re.compile(r"gemm|nvjet|cutlass|xmma|grouped_kernel|wgrad_kernel|aten::(_?grouped_)?(mm|bmm|addmm)", re.I)
-CAST = re.compile(r"_cast_kernel|_weight_kernel")
+CAST = re.compile(r"_(cast|both|weight)_kernel")
 KINDS = ("product", "cast", "other")
 NOT_KERNELS = (PREFIX, "Optimizer.", "ProfilerStep")  # ranges, which a trace of the GPU has as well
 
@@ -58,11 +58,13 @@ def labelled(learner: Learner) -> Iterator[None]:
             for child in module.children():
                 label = _label(module, child)
                 if label is not None:
-                    around(child, "forward", label)
-        around(model.attention, "causal_attention", "attention core")
+                    ways = ("forward", "added", "front") if isinstance(child, RMSNorm) else ("forward",)
+                    for name in ways:
+                        around(child, name, label)
+        around(model.attention, "attention_core", "attention core")
         around(grpo.learner, "token_logprobs", "head and loss")
         around(grpo.learner, "policy_loss", "head and loss")
-        around(learner.policy, "clip", "clipping")
+        around(learner.policy, "gradient_norms", "gradient norms")
         around(learner.policy, "publish", "weight casts")
         around(learner.optimizer, "step", "optimiser")
         for layer in learner.policy.model.modules():

@@ -39,6 +39,7 @@ class AutoPolicy(Policy):
     ) -> tuple[torch.Tensor, Stats]:
         for layer in self.checkpointed:
             layer.training = True  # of the layer alone, which then recomputes; its parts stay without dropout
+        batch = batch.to(self.device)
         return loss_fn(self._hidden(batch), self.head_weight, batch)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:

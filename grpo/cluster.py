@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,8 +290,26 @@ class RemoteCall:
                 raise RunFailure(f"{self.role}.{self.method} was lost: {' '.join(str(err).split())[:300]}") from err
 
 
+def _send_token() -> None:
+    """`ray start` asks for the token once there is one, but to an address that it is given Ray does not send it by
+    itself.
+    """
+    found = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if "RAY_AUTH_MODE" in os.environ or not (found or (Path.home() / ".ray" / "auth_token").is_file()):
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "ray" in sys.modules:  # it read the variable when it was imported; it has no public way to read it again
+        with suppress(ImportError, AttributeError):
+            from ray._raylet import Config  # pyright: ignore
+
+            Config.initialize("")
+
+
 def start_ray(address: str) -> Any:
     """The ray module, connected to a new local cluster ("ray") or to a running one. Raises ValueError without Ray."""
+    running = address != "ray" or "RAY_ADDRESS" in os.environ
+    if running:
+        _send_token()
     try:
         import ray
     except ImportError as err:
@@ -300,7 +319,7 @@ def start_ray(address: str) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own advice, else it warns
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "grpo"}
-    if address == "ray" and "RAY_ADDRESS" not in os.environ:
+    if not running:
         ray.init(**options)
     else:
         try:
@@ -361,9 +380,7 @@ def submit_job(config: Config, address: str) -> int:
     Paths of the configuration are made absolute: the cluster must see the same files (one machine, or a shared file
     system) and have this package installed. Raises ValueError where no cluster answers.
     """
-    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or (Path.home() / ".ray" / "auth_token").is_file():
-        # `ray start` asks for the token once there is one, but Ray's job client does not send it by itself
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _send_token()
     from ray.job_submission import JobSubmissionClient
 
     try:

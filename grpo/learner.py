@@ -22,7 +22,7 @@ from grpo.auto_policy import AutoPolicy
 from grpo.config import GRPOConfig, StageConfig, SupervisedConfig
 from grpo.logprobs import token_logprobs
 from grpo.losses import LossOptions, policy_loss
-from grpo.optimizer import LowMemoryAdamW, build_optimizer
+from grpo.optimizer import LowMemoryAdamW, build_optimizer, step_with_scales
 from grpo.packing import pack
 from grpo.placement import release_cache, used_gib
 from grpo.policy import AdapterOff, AuxiliaryLosses, DeepseekV3Policy, LossFn, Policy, Stats
@@ -162,7 +162,8 @@ class Learner:
         Raises ValueError for a gradient that is not finite, before it touches the weights.
         """
         loss, stats = self.policy.forward_backward(batches, loss_fn)
-        norms = [float(norm) for norm in self.policy.clip(self.config.max_grad_norm or math.inf)]
+        parts = [(masters, float(norm)) for masters, norm in self.policy.gradient_norms()]
+        norms = [norm for _, norm in parts]
         bad = [norm for norm in norms if not math.isfinite(norm)]
         if bad:  # a step would spread it over every weight
             self.optimizer.zero_grad(set_to_none=True)
@@ -170,7 +171,9 @@ class Learner:
         lr = self.learning_rate(self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        limit = self.config.max_grad_norm or math.inf
+        clipped = {master: min(limit / (norm + 1e-6), 1.0) for masters, norm in parts for master in masters}
+        step_with_scales(self.optimizer, clipped)
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.publish()
         total = _sum(stats)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from model.kernels import usable
+from model.kernels import sum_of, usable
 
 CHUNK_LOGITS = 1 << 22  # logits held at a time, 16 MiB in float32
 CHUNK_LOGITS_ON_A_GPU = 1 << 29  # 1 GiB in bfloat16: enough rows that reading and writing the head does not dominate
@@ -40,7 +40,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logprobs[part] = log_all.gather(1, target[part, None])[:, 0]
             entropy[part] = -(log_all.exp() * log_all).sum(-1)
         ctx.save_for_backward(hidden, weight, target, norm)
-        ctx.temperature, ctx.rows, ctx.fused = temperature, rows, fused
+        ctx.temperature, ctx.rows, ctx.fused, ctx.parameter = temperature, rows, fused, weight
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -48,7 +48,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, _):  # type: ignore[override]
         hidden, weight, target, norm = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # under an adapter the head stays as it is
+        # under an adapter the head stays as it is
+        total = sum_of(ctx.parameter) if ctx.needs_input_grad[1] else None
+        grad_weight = total
         for start in range(0, len(target), ctx.rows):
             part = slice(start, start + ctx.rows)
             logits = ctx.kept.pop(start, None)  # [r, V]; the gradient is written over them
@@ -66,6 +68,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_hidden[part] = grad @ weight
             if ctx.needs_input_grad[1]:
                 grad_weight = _sum_of_products(grad_weight, grad.T, hidden[part])
+        if total is not None:
+            return grad_hidden, None, None, None, None  # the gradient is where it was added
         if ctx.needs_input_grad[1] and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None

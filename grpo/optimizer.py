@@ -5,7 +5,7 @@ Source: arXiv 2412.19437, section 3.3.3: master weights and gradients in FP32, f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 f"beta2 {betas[1]}: with BF16 moments at most {MAX_BETA2_BF16}, or the second never shrinks"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.scales: Mapping[torch.Tensor, float] = {}  # what gradients are multiplied by; 1 where it says nothing
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -53,22 +54,41 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] += 1
+        scale = self.scales.get(parameter, 1.0)
         if usable(parameter):
             from model.kernels.adamw import adamw_
 
             moments, rates = (state["exp_avg"], state["exp_avg_sq"]), (group["lr"], group["betas"])
-            adamw_(parameter, gradient, *moments, int(state["step"]), *rates, group["eps"], group["weight_decay"])
+            adamw_(
+                parameter, gradient, scale, *moments, int(state["step"]), *rates, group["eps"], group["weight_decay"]
+            )
             return
         (beta1, beta2), step = group["betas"], int(state["step"])
         shrink, size = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**step)
         flat = [t.view(-1) for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, grad, first, second in zip(*(t.split(CHUNK) for t in flat)):  # each [up to CHUNK]
+            grad = grad if scale == 1 else grad * scale
             m = first.to(torch.float32, copy=True).lerp_(grad, 1 - beta1)
             v = second.to(torch.float32, copy=True).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             first.copy_(m)
             second.copy_(v)
             denominator = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
             weight.mul_(shrink).addcdiv_(m, denominator, value=-size)
+
+
+@torch.no_grad()
+def step_with_scales(optimizer: torch.optim.Optimizer, scales: Mapping[torch.Tensor, float]) -> None:
+    """A step with the gradients of these parameters multiplied by their scales (how far each is clipped).
+
+    LowMemoryAdamW multiplies as it reads them, which saves a pass over all gradients.
+    """
+    if isinstance(optimizer, LowMemoryAdamW):
+        optimizer.scales = scales
+    else:
+        for parameter, scale in scales.items():
+            if parameter.grad is not None and scale != 1:
+                parameter.grad.mul_(scale)
+    optimizer.step()
 
 
 def build_optimizer(

@@ -21,6 +21,7 @@ from grpo.router import trained_tokens
 from model import SequenceLayout
 from model.fp8.modules import adding_to_gradients
 from model.kernels import usable
+from model.layout import moved
 from model.lora import LoraAdapter
 from model.modeling import DeepseekV3PreTrainedModel
 from model.moe import TopkRouter, balanced_bias, expert_counts, sequence_balance_loss
@@ -74,7 +75,10 @@ class Policy(ABC):
     def _loss(
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
     ) -> tuple[torch.Tensor, Stats]:
-        """Loss and statistics of a micro-batch, auxiliary losses included, by the normalisers of the whole update."""
+        """Loss and statistics of a micro-batch, auxiliary losses included, by the normalisers of the whole update.
+
+        The batch is anywhere.
+        """
 
     @abstractmethod
     def balance(self, counts: torch.Tensor, rate: float) -> None:
@@ -87,7 +91,7 @@ class Policy(ABC):
         losses, stats = [], []
         with self._collecting(), adding_to_gradients(self.model):
             for batch in microbatches:
-                loss, stat = self._loss(batch.to(self.device), loss_fn, total_rows, total_samples)
+                loss, stat = self._loss(batch, loss_fn, total_rows, total_samples)
                 if loss.requires_grad:
                     loss.backward()
                 losses.append(loss.detach())
@@ -96,18 +100,26 @@ class Policy(ABC):
 
     @contextmanager
     def _collecting(self) -> Iterator[None]:
-        """While it lasts a gradient goes to its master as soon as it is there, so that those in BF16 do not pile up."""
-        copies = [(p, master) for p, master in zip(self.parameters, self.master) if p is not master]
+        """While it lasts a gradient goes to its master as soon as it is there, so that those in BF16 do not pile up.
+
+        What finds the master at the parameter may add to its gradient itself (model/kernels/__init__.py).
+        """
+        copies: list[tuple[Any, torch.Tensor]] = [
+            (p, master) for p, master in zip(self.parameters, self.master) if p is not master
+        ]
         hooks = [p.register_post_accumulate_grad_hook(partial(_collect, master)) for p, master in copies]
+        for parameter, master in copies:
+            parameter.master = master
         try:
             yield
         finally:
-            for hook in hooks:
+            for hook, (parameter, _) in zip(hooks, copies):
                 hook.remove()
+                del parameter.master
 
-    def clip(self, max_norm: float) -> list[torch.Tensor]:
-        """Clips the gradients; returns their norms before, the policy's first."""
-        return [torch.nn.utils.clip_grad_norm_(self.master, max_norm, foreach=True)]
+    def gradient_norms(self) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Masters, and the norm of their gradients by which they are clipped; the policy's first."""
+        return [(self.master, _norm(self.master))]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -117,10 +129,15 @@ class Policy(ABC):
                 parameter.copy_(master)
 
 
+def _norm(master: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([m.grad for m in master if m.grad is not None], foreach=True)
+
+
 def _collect(master: torch.Tensor, parameter: torch.Tensor) -> None:
     """Moves the gradient of a parameter to its FP32 master."""
     grad, parameter.grad = parameter.grad, None
-    assert grad is not None
+    if grad is None:  # it was added where it was computed
+        return
     if usable(grad):
         from model.kernels.gradients import added
 
@@ -152,6 +169,8 @@ class DeepseekV3Policy(Policy):
         self, batch: PackedBatch, loss_fn: LossFn, total_rows: int, total_samples: int
     ) -> tuple[torch.Tensor, Stats]:
         model, aux = self.model, self.auxiliary
+        (trained,) = moved([trained_tokens(batch)], self.device)
+        batch = batch.to(self.device)
         layout = layout_of(batch, few_shapes=True)
         out = model.forward_packed(
             batch.input_ids,
@@ -162,7 +181,6 @@ class DeepseekV3Policy(Policy):
         )
         loss, stats = loss_fn(out.hidden, model.head.weight, batch)
         assert out.routed_experts is not None
-        trained = trained_tokens(batch, layout.segment_ids)
         counts = expert_counts(out.routed_experts, model.config.n_routed_experts, trained)
         if aux.mtp_loss_weight > 0 and len(model.mtp_layers):
             mtp = mtp_loss(
@@ -201,16 +219,13 @@ class DeepseekV3Policy(Policy):
             bias = router.e_score_correction_bias
             bias.copy_(balanced_bias(bias, F.pad(count, (0, len(bias) - len(count))), rate))
 
-    def clip(self, max_norm: float) -> list[torch.Tensor]:
-        """Clips the gradients; returns their norms before.
-
-        Two where MTP is trained apart, the policy's first: in one common norm its gradient would scale the policy's.
-        """
+    def gradient_norms(self) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Two where MTP is trained apart: in one common norm its gradient would scale the policy's."""
         apart = self.auxiliary.mtp_loss_weight > 0 and self.auxiliary.mtp_detach
         parts: dict[bool, list[torch.Tensor]] = {}
         for name, master in zip(self.names, self.master):
             parts.setdefault(apart and name.startswith("mtp_layers."), []).append(master)
-        return [torch.nn.utils.clip_grad_norm_(part, max_norm, foreach=True) for _, part in sorted(parts.items())]
+        return [(part, _norm(part)) for _, part in sorted(parts.items())]
 
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> torch.Tensor:

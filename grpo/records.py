@@ -98,11 +98,9 @@ class PackedBatch:
         """On another device; nothing waits. cu_seqlens and parent stay on the host: the layout is made of them."""
         if self.input_ids.device == device:
             return self
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cu_seqlens", "parent")}
-        return replace(
-            self,
-            **{name: moved(tensor, device) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)},
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("cu_seqlens", "parent")}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **dict(zip(tensors, moved(list(tensors.values()), device))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,19 +13,18 @@ import torch
 from grpo.records import Group, PackedBatch
 
 
-def trained_tokens(batch: PackedBatch, segment_ids: torch.Tensor) -> torch.Tensor:
-    """[T] bool: the tokens that an update trains on, from the segment_ids [T] of the packed row.
+def trained_tokens(batch: PackedBatch) -> torch.Tensor:
+    """[T] bool, on the host: the tokens that an update trains on. The batch is best on the host.
 
     Prompt (once, where it is shared) and completion of every sample that takes part, i.e. has a weight above 0; not a
     completion's last token, which is a target and no input.
     """
-    parent = batch.parent.to(segment_ids.device, non_blocking=True)  # [S]
-    rows = segment_ids[batch.source]  # [R]
-    # counted, not indexed by a mask, for which the host would wait
-    active = torch.zeros_like(parent).index_add_(0, rows, (batch.weights > 0).to(parent.dtype))  # [S]
-    children = (active > 0) & (parent >= 0)
-    active = active.index_add(0, parent.clamp(min=0), children.to(parent.dtype))
-    return (active > 0)[segment_ids]
+    lengths, parent = np.diff(batch.cu_seqlens.numpy()), batch.parent.numpy()  # [S]
+    segment = np.repeat(np.arange(len(lengths)), lengths)  # [T]
+    active = np.zeros(len(lengths), dtype=bool)
+    active[segment[batch.source[batch.weights > 0].cpu().numpy()]] = True
+    active[parent[active & (parent >= 0)]] = True
+    return torch.from_numpy(active[segment])
 
 
 def rollout_counts(groups: Sequence[Group]) -> torch.Tensor:

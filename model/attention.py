@@ -72,29 +72,27 @@ class MultiheadLatentAttention(nn.Module):
             rows.append(causal_attention(q_b, k_b, v_b, self.scale))
         return self.o_proj(layout.scatter(rows).flatten(1))
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
-        """h # [T, d] (normalised), cos and sin # [T, d_r / 2] -> # [T, d]."""
-        if usable(h) and not any(n & (n - 1) for n in (self.nope_dim, self.rope_dim, self.value_dim)):
-            return self._attend_in_few_passes(h, cos, sin, layout)
-        return self.attend(*self.project(h, cos, sin), layout)
+    def forward(self, h: Tensor | tuple[Tensor, ...], cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
+        """h # [T, d] (normalised), cos and sin # [T, d_r / 2] -> # [T, d].
 
-    def _attend_in_few_passes(self, h: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> Tensor:
+        h may come once for each of its readers (see RMSNorm.added): queries, and keys and values.
+        """
+        of_queries, of_latent = h if isinstance(h, tuple) else (h, h)
+        if usable(of_queries) and not any(n & (n - 1) for n in (self.nope_dim, self.rope_dim, self.value_dim)):
+            return self._attend_in_few_passes(of_queries, of_latent, cos, sin, layout)
+        return self.attend(*self.project(of_queries, cos, sin), layout)
+
+    def _attend_in_few_passes(
+        self, of_queries: Tensor, of_latent: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout
+    ) -> Tensor:
         """The same, with rotation, concatenation and gathering in one kernel. Widths of a head are powers of two."""
         from model.kernels.attention import Widths, attention_rows, restored
 
-        c, k_rope = self.kv_a_proj_with_mqa(h).split((self.latent_rank, self.rope_dim), dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(c))
+        c, k_rope = self.kv_a_layernorm.front(self.kv_a_proj_with_mqa(of_latent))
+        q, kv = self.queries(of_queries), self.kv_b_proj(c)
         widths = Widths(self.num_heads, self.nope_dim, self.rope_dim, self.value_dim)
-        q, k, v = attention_rows(
-            self.queries(h), kv, k_rope, cos, sin, layout.places, layout.uses, layout.use_starts, widths
-        )  # [P, n_h, ..]
-        sizes = [bucket.pad_index.numel() for bucket in layout.buckets]
-        rows = []
-        for bucket, *parts in zip(layout.buckets, q.split(sizes), k.split(sizes), v.split(sizes)):
-            q_b, k_b, v_b = (x.unflatten(0, bucket.shape) for x in parts)  # [B, L, n_h, ..]
-            rows.append(causal_attention(q_b, k_b, v_b, self.scale).flatten(0, 1))
-        out = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return self.o_proj(restored(out, layout.restore).flatten(1))
+        rows = [attention_core(*parts, self.scale) for parts in attention_rows(q, kv, k_rope, cos, sin, layout, widths)]
+        return self.o_proj(restored(rows, layout))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -102,12 +100,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     q, k # [B, L, n_h, d_qk], v # [B, L, n_h, d_v] -> # [B, L, n_h, d_v].
     """
+    return attention_core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
+
+
+def attention_core(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same with heads first: q, k # [B, n_h, L, d_qk], v # [B, n_h, L, d_v] -> # [B, n_h, L, d_v]."""
     width, extra = v.shape[-1], q.shape[-1] - v.shape[-1]
     if extra > 0 and not q.is_cuda:
         # The CPU's fused kernel wants equal head widths; zero columns in v only add zero columns to the result. On an
         # H200 they made attention a third slower.
         v = F.pad(v, (0, extra))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale
-    )  # [B, n_h, L, d]
-    return out.transpose(1, 2)[..., :width]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :width]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -25,14 +25,20 @@ class DeepseekV3DecoderLayer(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout, routed_experts: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         """x # [T, d], cos and sin # [T, d_r / 2], routed_experts # [T, K] to replay -> (x # [T, d], Routing)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
-        return self.feed_forward(x, routed_experts)
+        x, normed = self.input_layernorm.added(x, None, readers=2)
+        return self._feed_forward(x, self.self_attn(normed, cos, sin, layout), routed_experts)
 
     def feed_forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         """The second half of the layer, for engines with their own attention: x # [T, d] -> (x # [T, d], Routing)."""
-        normed = self.post_attention_layernorm(x)
+        return self._feed_forward(x, None, routed_experts)
+
+    def _feed_forward(
+        self, x: Tensor, delta: Tensor | None, routed_experts: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
+        """The same of x + delta."""
+        x, normed = self.post_attention_layernorm.added(x, delta, readers=3 if self.is_moe else 1)
         if not self.is_moe:
-            return x + self.mlp(normed), None
+            return x + self.mlp(*normed), None
         out, routing = self.mlp(normed, routed_experts)
         return x + out, routing
 

@@ -3,14 +3,17 @@
 Invariant: every packed token is produced exactly once, and no T x T mask ever exists.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes, of tensors that are copied to a device together
 MAX_BUCKETS = 4
 MIN_SAVING = 0.1  # a further bucket must cut this share of the padded work, to pay for its kernel launches
 LINEAR_COST = 128  # a row of length L costs about L * (L + LINEAR_COST): attention plus gathering
@@ -146,12 +149,11 @@ class SequenceLayout:
         """The same layout with its index tensors on another device."""
         if self.restore.device == torch.device(device):
             return self
-        fields = {
-            name: moved(getattr(self, name), device)
-            for name in ("cu_seqlens", "parent", "position_ids", "segment_ids", "restore", "uses", "use_starts")
-        }
-        buckets = tuple(Bucket(moved(b.pad_index, device)) for b in self.buckets)
-        return replace(self, buckets=buckets, **fields)
+        names = ("cu_seqlens", "parent", "position_ids", "segment_ids", "restore", "uses", "use_starts")
+        tensors = [getattr(self, name) for name in names] + [b.pad_index for b in self.buckets]
+        on_device = moved(tensors, device)
+        buckets = tuple(Bucket(index) for index in on_device[len(names) :])
+        return replace(self, buckets=buckets, **dict(zip(names, on_device)))
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Packed x # [T, ...] -> for each bucket its padded rows # [B, L, ...]."""
@@ -204,13 +206,23 @@ def _one_of_few(length: int) -> int:
     return -(-length // step) * step
 
 
-def moved(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on another device. The host does not wait for a GPU: from memory that is not pinned it would, until all that
-    was launched before is done.
+def moved(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Tensors on another device; from the host to a GPU in one copy.
+
+    The host does not wait for a GPU: from memory that is not pinned it would, until all that was launched before is
+    done.
     """
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    if torch.device(device).type != "cuda":
+        return [x.to(device) for x in tensors]
+    here = [x for x in tensors if x.device.type == "cpu"]
+    sizes = [x.numel() * x.element_size() for x in here]
+    starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    for x, start, size in zip(here, starts, sizes):
+        host[start : start + size].view(x.dtype).copy_(x.reshape(-1))
+    there = host.to(device, non_blocking=True)
+    parts = (there[i : i + size].view(x.dtype).view(x.shape) for x, i, size in zip(here, starts, sizes))
+    return [next(parts) if x.device.type == "cpu" else x.to(device) for x in tensors]
 
 
 def _to_numpy(x: Tensor | list[int] | np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from model.block import DeepseekV3DecoderLayer, MTPLayer
 from model.checkpoint import SHARD_BYTES, Checkpoint, save_model
 from model.config import ARCHITECTURE, DeepseekV3Config
-from model.layers import RMSNorm
+from model.layers import Embedding, RMSNorm
 from model.layout import SequenceLayout
 from model.moe import Experts, Routing, TopkRouter
 from model.names import load_hf_state
@@ -45,7 +45,7 @@ class DeepseekV3Model(nn.Module):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DeepseekV3DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTables(config)

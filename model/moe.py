@@ -1,7 +1,7 @@
 """DeepSeekMoE (arXiv 2412.19437, section 2.1.2): router, routed experts, shared experts, and balancing."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,16 @@ class Routing(NamedTuple):
     scores: Tensor  # [T, E] float32 sigmoid scores, without bias
     counts: Tensor  # [E] int64, tokens per expert
     differs: Tensor | None = None  # [T] bool, in a replay: the router itself would have chosen other experts
+    by_expert: "ByExpert | None" = None  # where the router's kernel has sorted the choices as well
+
+
+class ByExpert(NamedTuple):
+    """The T K choices sorted by expert, tokens in order within one."""
+
+    token: Tensor  # [T K] int64, of each row
+    places: Tensor  # [T, K] int64, the row of each choice
+    ends: Tensor  # [E] int32: rows ends[e-1]:ends[e] are those of expert e
+    weights: Tensor  # [T K] float32, of each row, with gradient
 
 
 class TopkRouter(nn.Module):
@@ -62,7 +72,9 @@ class TopkRouter(nn.Module):
         routed_experts replays a recorded choice: indices are taken from it, weights are recomputed with gradient.
         A token whose row holds -1 was not recorded and is routed normally.
         """
-        logits = router_logits(x, self.weight)  # [T, E], FP32: near-ties must not flip
+        if usable(x):
+            return self._choose(x, routed_experts)
+        logits = F.linear(x.float(), self.weight.float())  # [T, E], FP32: near-ties must not flip
         scores = logits.sigmoid()
         with torch.no_grad():
             experts, differs = self.select(scores), None  # [T, K]
@@ -77,32 +89,15 @@ class TopkRouter(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.scaling, scores, counts, differs)
 
+    def _choose(self, x: Tensor, routed_experts: Tensor | None) -> Routing:
+        """The same in few kernels, and the choices sorted by expert."""
+        from model.kernels.router import Choice, choose
 
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x # [T, d], weight # [E, d] -> x weight^T # [T, E] float32, summed in FP32."""
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
-        return _LogitsOfBF16.apply(x, weight)  # type: ignore[no-any-return]
-    return F.linear(x.float(), weight.float())
-
-
-class _LogitsOfBF16(torch.autograd.Function):
-    """The same on a GPU's tensor cores, which multiply BF16 numbers exactly and add them up in FP32.
-
-    A gradient in FP32 is multiplied as the sum of two BF16 numbers, with an error of 2^-17.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        high = grads[0].bfloat16()
-        parts = torch.cat((high, (grads[0] - high).bfloat16()), 1)  # [T, 2E]
-        of_high, of_low = torch.mm(parts.t(), x, out_dtype=torch.float32).chunk(2)  # [E, d]
-        return parts @ weight.repeat(2, 1), (of_high + of_low).to(weight.dtype)
+        choice = Choice(self.top_k, self.n_group, self.topk_group, self.norm_topk_prob, self.scaling)
+        chosen = choose(x, self.weight, self.e_score_correction_bias, routed_experts, choice)
+        rows = ByExpert(chosen.token, chosen.places, chosen.ends, chosen.row_weights)
+        differs = None if routed_experts is None else chosen.differs
+        return Routing(chosen.experts, chosen.weights, chosen.scores, chosen.counts, differs, rows)
 
 
 def expert_counts(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
@@ -146,12 +141,10 @@ def gated_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) ->
     Sorting takes 0.02 / 0.07 ms. On a GPU weights multiply activations and not outputs, the same up to rounding:
     outputs need not be kept, nor read again.
     """
-    order, token, ends = by_expert(routing)
-    weight = routing.weights.flatten().index_select(0, order)  # [T K]
+    token, places, ends, weight = by_expert(routing)
     if usable(x):
         from model.kernels.experts import collect, gated_rows, spread
 
-        places = inverse_order(order).view_as(routing.experts)
         gated = gated_rows(grouped_linear(spread(x, token, places), gate_up, ends), weight)
         return collect(grouped_linear(gated, down, ends), token, places)
     gate, up = grouped_linear(x.index_select(0, token), gate_up, ends).chunk(2, dim=-1)
@@ -159,20 +152,17 @@ def gated_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) ->
     return torch.zeros_like(x).index_add(0, token, y * weight.to(y.dtype)[:, None])
 
 
-def by_expert(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """The T K choices sorted by expert, tokens in order within one: (indices # [T K], token of each # [T K], ends).
-
-    Choices ends[e-1]:ends[e] are those of expert e, ends # [E] int32.
-    """
+def by_expert(routing: Routing) -> ByExpert:
+    """As the router's kernel sorted them, or sorted here."""
+    if routing.by_expert is not None:
+        return routing.by_expert
     # a sort by radix takes a pass for each byte of its keys
     keys = routing.experts.flatten().to(torch.uint8 if len(routing.counts) <= 256 else torch.int32)
     order = keys.argsort(stable=True)
-    return order, order // routing.experts.shape[1], routing.counts.cumsum(0, dtype=torch.int32)
-
-
-def inverse_order(order: Tensor) -> Tensor:
-    """order # [N], a permutation -> where each index stands in it # [N]."""
-    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+    weights = routing.weights.flatten().index_select(0, order)
+    ends = routing.counts.cumsum(0, dtype=torch.int32)
+    return ByExpert(order // routing.experts.shape[1], places.view_as(routing.experts), ends, weights)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -202,11 +192,15 @@ class DeepseekMoE(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x # [T, d], routed_experts # [T, K] to replay or None -> (output # [T, d], Routing)."""
-        routing = self.gate(x, routed_experts)
-        out = self.experts(x, routing)
-        return (out if self.shared_experts is None else out + self.shared_experts(x)), routing
+    def forward(self, x: Tensor | tuple[Tensor, ...], routed_experts: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x # [T, d], routed_experts # [T, K] to replay or None -> (output # [T, d], Routing).
+
+        x may come once for each of its readers (see RMSNorm.added): router, routed experts, shared experts.
+        """
+        of_gate, of_experts, of_shared = x if isinstance(x, tuple) else (x, x, x)
+        routing = self.gate(of_gate, routed_experts)
+        out = self.experts(of_experts, routing)
+        return (out if self.shared_experts is None else out + self.shared_experts(of_shared)), routing
 
 
 def sequence_balance_loss(scores: Tensor, segment_ids: Tensor, num_segments: int, top_k: int) -> Tensor:

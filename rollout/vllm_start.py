@@ -54,6 +54,9 @@ def load_vllm() -> Any:
         raise ValueError(f"rollout.engine is 'vllm', but vLLM is not installed; pip install 'grpo-v3[{extra}]'")
     for key, value in (_QUIET if has_gpu() else {**_QUIET, **_ON_A_CPU}).items():
         os.environ.setdefault(key, value)
+    dynamo: Any = sys.modules.get("torch._dynamo.config")
+    if dynamo is not None and os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        dynamo.disable = True  # a learner's optimiser or another has imported it already: it read the variable then
     for name in ("torchvision", "torchaudio", "torchcodec"):  # vLLM imports them; a build for CUDA breaks on a CPU
         try:
             __import__(name)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.fp8.dense import PAD
 from model.fp8.tiles import Tiles
-from model.kernels.launch import INTERPRET, launch
+from model.kernels.launch import INTERPRET, ceil_div, launch
 
 WARPS = 8  # of a program that casts 128 x 128 numbers
 REGISTERS = {True: 80, False: 128}  # of a thread, BF16 or not: three or two programs fit on a multiprocessor
@@ -238,14 +238,28 @@ def _cast_kernel(
 def packing(x: Tensor) -> tuple[bool, int, int]:
     """Whether x # [.., K] is BF16, how many numbers of it are loaded at once, how many tokens a thread gets."""
     assert x.dtype in (torch.float32, torch.bfloat16), f"{x.dtype} is neither float32 nor bfloat16"
-    half = x.element_size() == 2
+    assert x.shape[-1] % 2 == 0, f"numbers are cast in pairs, and {x.shape[-1]} is odd"
+    half = x.dtype == torch.bfloat16
     most = 8 if half else 4  # 16 bytes
     return half, most if x.shape[-1] % most == 0 else 2, 128 * 128 // (32 * WARPS) // most
 
 
-def words_of(x: Tensor) -> Tensor:
-    """Pairs of neighbouring numbers as one integer."""
-    return x.view(torch.int32 if x.element_size() == 2 else torch.int64)
+def words_of(x: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Pairs of neighbouring numbers as one integer, an argument of `launch`."""
+    return x, torch.int32 if x.dtype == torch.bfloat16 else torch.int64
+
+
+def empty_form(rows: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes # [rows, channels] and scales # [rows, ceil(channels / 128)], M-major, to be written as a row-wise form."""
+    codes = torch.empty(rows, channels, dtype=torch.float8_e4m3fn, device=device)
+    blocks = -(-channels // 128)
+    return codes, torch.empty_strided((rows, blocks), (1, rows), dtype=torch.float32, device=device)
+
+
+def empty_columns(channels: int, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes # [channels, places] and scales # [places / 128, channels] of a column-wise form."""
+    codes = torch.empty(channels, places, dtype=torch.float8_e4m3fn, device=device)
+    return codes, torch.empty(places // 128, channels, dtype=torch.float32, device=device)
 
 
 def cast(
@@ -256,25 +270,21 @@ def cast(
 
     tiles None leaves the columns out, rows False the rows: None is in their place.
     """
-    M, K = len(x) if token is None else len(token), x.shape[1]
-    blocks, P = triton.cdiv(K, 128), 0 if tiles is None else tiles.most * 128
-    (half, vector, group), empty = packing(x), {"device": x.device}
-    row = column = (x, x)  # never written
-    if rows:
-        row = torch.empty(M, K, dtype=torch.float8_e4m3fn, **empty), torch.empty(blocks, M, **empty)
-    if tiles is not None:
-        column = torch.empty(K, P, dtype=torch.float8_e4m3fn, **empty), torch.empty(P // 128, K, **empty)
-    grid = (blocks, triton.cdiv(M, 128) if tiles is None else tiles.most)
+    M, K = (x if token is None else token).shape[0], x.shape[1]
+    P, (half, vector, group), device = 0 if tiles is None else tiles.most * 128, packing(x), x.device
+    row = empty_form(M, K, device) if rows else (x, x)  # x: never written
+    column = (x, x) if tiles is None else empty_columns(K, P, device)
+    grid = (ceil_div(K, 128), ceil_div(M, 128) if tiles is None else tiles.most)
     if grid[1]:
         table = x if tiles is None else tiles.table
         launch(
             _cast_kernel, grid,
-            (words_of(x), x if token is None else token, table, row[0].view(torch.int16), row[1],
-             column[0].view(torch.int32), column[1], M, K, P),
+            (words_of(x), x if token is None else token, table, (row[0], torch.int16), row[1],
+             (column[0], torch.int32), column[1], M, K, P),
             (rows, tiles is not None, token is not None, half, vector, group, ue8m0, INTERPRET),
             num_warps=WARPS, maxnreg=REGISTERS[half],
         )  # fmt: skip
-    return (row[0], row[1].t()) if rows else None, None if tiles is None else (*column, tiles.starts)
+    return row if rows else None, None if tiles is None else (*column, tiles.starts)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -310,7 +320,7 @@ def cast_weight(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]
     E, N, K = w.shape
     codes = torch.empty(E, N, K, dtype=torch.float8_e4m3fn, device=w.device)
     codes_t = torch.empty(E, K, N, dtype=torch.float8_e4m3fn, device=w.device)
-    n, k = triton.cdiv(N, 128), triton.cdiv(K, 128)
+    n, k = ceil_div(N, 128), ceil_div(K, 128)
     scales = torch.zeros(E, n, -(-k // PAD) * PAD, device=w.device)
     scales_t = torch.zeros(E, k, -(-n // PAD) * PAD, device=w.device)
     half, vector, group = packing(w)

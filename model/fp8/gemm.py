@@ -175,7 +175,7 @@ def grouped_product(
 
     Row m is multiplied by the weight of its group, transposed.
     """
-    (M, K), (E, N, _) = codes.shape, weight.shape
+    (M, K), N = codes.shape, weight.shape[1]
     out = torch.empty(M, N, dtype=dtype, device=codes.device)
     if M == 0:
         return out
@@ -184,11 +184,10 @@ def grouped_product(
             f"model.fp8 is 'on', but a product of {N} by {K} is no multiple of 16 by 16; set it to emulate"
         )
     a_desc = descriptor(codes, [BLOCK_M, BLOCK_K], SHARED)
-    b_desc = descriptor(weight.view(E * N, K), [BLOCK_N, BLOCK_K], SHARED)
+    b_desc = descriptor(weight, [BLOCK_N, BLOCK_K], SHARED)
     slabs = -(-K // BLOCK_K)
-    # FP32 tiles leave from the registers: there is no room to stage them.
-    staged, layout = dtype == torch.bfloat16, gl.NVMMASharedLayout(128, 8 * out.element_size(), 2)
-    out_desc = descriptor(out, [64, 128 if staged else 32], layout)
+    staged = dtype == torch.bfloat16  # FP32 tiles leave from the registers: there is no room to stage them
+    out_desc = descriptor(out, [64, 128 if staged else 32], layout_of(dtype))
     grid = (min(processors(codes.device), tiles.most * -(-N // BLOCK_N)),)
     args = a_desc, b_desc, out_desc, scales, weight_scales, out, tiles.table, tiles.count, N, slabs
     strides = *scales.stride(), *weight_scales.stride()
@@ -202,8 +201,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def layout_of(dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of tiles in shared memory with rows of 128 bytes, or of several times as many."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=2)
+
+
 def descriptor(x: Tensor, block_shape: list[int], layout: Any) -> TensorDescriptor:
-    """TensorDescriptor.from_tensor without its checks, for x that is contiguous, aligned and not empty."""
+    """TensorDescriptor.from_tensor of x # [.., K] as a matrix # [.., K], without its checks: x is contiguous, aligned
+    and not empty.
+    """
     made: Any = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape, made.layout = x, x.shape, x.stride(), block_shape, layout
+    width = x.shape[-1]
+    made.base, made.shape, made.strides = x, (x.numel() // width, width), (width, 1)
+    made.block_shape, made.layout = block_shape, layout
     return made

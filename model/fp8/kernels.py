@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from model.fp8 import casts, dense, reference, swiglu
+from model.fp8.both import cast_both
 from model.fp8.forms import Columns, Recipe, Rows, Weight
 from model.fp8.gemm import grouped_product
 from model.fp8.tiles import tiles
@@ -37,13 +38,13 @@ def quantize_rows(x: Tensor, recipe: Recipe) -> Rows:
 
 def quantize_both(x: Tensor, ends: Tensor | None, recipe: Recipe) -> tuple[Rows, Columns]:
     """x # [M, K] FP32 or BF16, groups that end at ends # [E] -> both forms, in one pass."""
-    rows, columns = casts.cast(x.contiguous(), tiles(ends, len(x), x.device), recipe.ue8m0)
+    rows, columns = cast_both(x.contiguous(), tiles(ends, x.shape[0], x.device), recipe.ue8m0)
     return Rows(*rows), Columns(*columns)
 
 
 def permute_quantize(x: Tensor, token: Tensor, ends: Tensor, recipe: Recipe) -> tuple[Rows, Columns]:
     """Both forms of x[token], x # [T, K], token # [M] int64, in one pass."""
-    rows, columns = casts.cast(x.contiguous(), tiles(ends, len(token), x.device), recipe.ue8m0, token=token)
+    rows, columns = cast_both(x.contiguous(), tiles(ends, token.shape[0], x.device), recipe.ue8m0, token)
     return Rows(*rows), Columns(*columns)
 
 
@@ -66,9 +67,10 @@ def grouped_dgrad(g: Rows, w: Weight, ends: Tensor | None, dtype: torch.dtype) -
 
 
 def _product(x: Rows, codes: Tensor, scales: Tensor, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if ends is None and dense.takes(len(x.codes), *codes.shape[1:]) and (padded := dense.padded(scales[0])) is not None:
-        return dense.product(*x, codes[0], padded, dtype)
-    return grouped_product(*x, codes, scales, tiles(ends, len(x.codes), x.codes.device), dtype)
+    rows = x.codes.shape[0]
+    if ends is None and dense.takes(rows, *codes.shape[1:]) and (weight := dense.operand(codes, scales)) is not None:
+        return dense.product(*x, weight, dtype)
+    return grouped_product(*x, codes, scales, tiles(ends, rows, x.codes.device), dtype)
 
 
 def grouped_wgrad(
@@ -81,12 +83,7 @@ def grouped_wgrad(
     """g^T x of each group, g # of [M, N], x # of [M, K], with that of another pair also -> # [E, N, K] in dtype,
     or added to into, float32.
     """
-    if (
-        len(g.starts) == 2
-        and into is None
-        and also is None
-        and dense.takes(len(g.codes), len(x.codes), g.codes.shape[1])
-    ):
+    if g.starts.shape[0] == 2 and into is None and also is None and dense.takes(g.codes.shape[0], *x.codes.shape):
         return dense.outer(*g[:2], *x[:2], dtype)[None]
     return grouped_outer([(g, x)] if also is None else [also, (g, x)], dtype, into)
 
@@ -109,6 +106,6 @@ def swiglu_backward(
         act, rows, columns, d_weight = reference.swiglu_backward(saved, grad, ends, recipe, weight)
         act, columns = (Columns(c.codes.contiguous(), *c[1:]) for c in (act, columns))
         return act, rows, columns, d_weight
-    t = tiles(ends, len(grad), grad.device)
+    t = tiles(ends, grad.shape[0], grad.device)
     act, rows, columns, d_weight = swiglu.swiglu_backward(*saved, grad.contiguous(), weight, t, recipe.ue8m0)
     return Columns(*act, t.starts), Rows(*rows), Columns(*columns, t.starts), d_weight

@@ -27,7 +27,7 @@ from model.attention import MultiheadLatentAttention
 from model.fp8 import reference
 from model.fp8.forms import MXFP8, Columns, Recipe, Rows, Weight
 from model.layers import MLP
-from model.moe import Experts, Routing, by_expert, gated_experts, inverse_order
+from model.moe import Experts, Routing, by_expert, gated_experts
 
 Mode = Literal["off", "emulate", "on"]
 RECIPES = {"blockwise": Recipe(), "blockwise_ue8m0": Recipe(ue8m0=True), "mxfp8": MXFP8}
@@ -65,6 +65,8 @@ def to_fp8(model: nn.Module, mode: Mode, recipe: str = "blockwise", ops: Any = N
                 for parameter in new.parameters():
                     if parameter.requires_grad:  # else nothing moves it by less than its dtype can hold
                         parameter.data = parameter.data.float()
+        if isinstance(parent, MultiheadLatentAttention):
+            _share_cast(getattr(parent, "q_proj", None) or parent.q_a_proj, parent.kv_a_proj_with_mqa)
 
 
 @cache
@@ -201,6 +203,8 @@ class Fp8Layer:
 class Fp8Linear(Fp8Layer, nn.Linear):
     """A Linear layer without bias."""
 
+    shared: list[tuple[Tensor, int, tuple[Rows, Columns]]] | None = None  # see _share_cast
+
     def __init__(self, linear: nn.Linear, ops: Any, recipe: Recipe) -> None:
         assert linear.bias is None, "FP8 layers have no bias"
         nn.Module.__init__(self)
@@ -219,7 +223,16 @@ class Fp8Linear(Fp8Layer, nn.Linear):
         codes = self.codes("weight", self.weight)
         if not torch.is_grad_enabled():
             return self.ops.grouped_linear(self.ops.quantize_rows(x, self.recipe), codes, None, x.dtype)
-        return _Linear.apply(x, self.weight, codes, self.ops, self.recipe)
+        return _Linear.apply(x, self.weight, codes, self.ops, self.recipe, self.shared)
+
+
+def _share_cast(one: nn.Module, other: nn.Module) -> None:
+    """Two layers that are given the same numbers in training: whichever is first casts them for both.
+
+    In between the list that they share holds the tensor, its version and its forms, then nothing.
+    """
+    if isinstance(one, Fp8Linear) and isinstance(other, Fp8Linear):
+        one.shared = other.shared = []
 
 
 class Fp8MLP(Fp8Layer, MLP):
@@ -272,9 +285,8 @@ class Fp8Experts(Fp8Layer, Experts):
         """See Experts."""
         if not self.quantized:
             return gated_experts(x, routing, *computed_gated_weights(self))
-        order, token, ends = by_expert(routing)
-        weight = routing.weights.flatten().index_select(0, order)  # [T K]
-        sorting = token, inverse_order(order).view_as(routing.experts), ends
+        *sorting, weight = by_expert(routing)
+        token, places, ends = sorting
         codes = self.codes("gate_up", self.gate_up_proj), self.codes("down", self.down_proj)
         ops, recipe = self.ops, self.recipe
         if torch.is_grad_enabled():
@@ -282,15 +294,23 @@ class Fp8Experts(Fp8Layer, Experts):
         rows, _ = ops.permute_quantize(x, token, ends, recipe)
         gate_up = ops.grouped_linear(rows, codes[0], ends, x.dtype)
         act, _ = ops.swiglu_quantize(gate_up, recipe, weight)
-        return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), sorting[1])
+        return ops.combine(ops.grouped_linear(act, codes[1], ends, x.dtype), places)
 
 
 class _Linear(torch.autograd.Function):
     """x # [M, K] -> # [M, N]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, codes: Weight, ops: Any, recipe: Recipe) -> Tensor:
-        rows, columns = ops.quantize_both(x, None, recipe)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, codes: Weight, ops: Any, recipe: Recipe, shared: list[Any] | None
+    ) -> Tensor:
+        before = shared.pop() if shared else None
+        if before is not None and _unchanged(before[0], before[1], x):
+            rows, columns = before[2]
+        else:
+            rows, columns = ops.quantize_both(x, None, recipe)
+            if shared is not None:
+                shared.append((x, x._version, (rows, columns)))
         ctx.save_for_backward(*columns)
         ctx.codes, ctx.ops, ctx.recipe, ctx.dtypes = codes, ops, recipe, (x.dtype, weight.dtype)
         return ops.grouped_linear(rows, codes, None, x.dtype)
@@ -302,7 +322,14 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ops.grouped_dgrad(rows, ctx.codes, None, ctx.dtypes[0])
         grad_weight = ops.grouped_wgrad(columns, Columns(*ctx.saved_tensors), ctx.dtypes[1])[0]
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
+
+
+def _unchanged(of: Tensor, version: int, x: Tensor) -> bool:
+    """Whether x is that tensor, or another of the same memory, and nothing has written to it since that version."""
+    if of is not x and (of.data_ptr(), of.shape, of.stride(), of.dtype) != (x.data_ptr(), x.shape, x.stride(), x.dtype):
+        return False
+    return of._version == x._version == version
 
 
 class _MLP(torch.autograd.Function):

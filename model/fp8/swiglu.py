@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.fp8.casts import (
+    empty_columns,
+    empty_form,
     magnitude,
     numbers,
     packing,
@@ -23,7 +25,7 @@ from model.fp8.casts import (
     write_rows,
 )
 from model.fp8.tiles import Tiles
-from model.kernels.launch import INTERPRET, launch
+from model.kernels.launch import INTERPRET, ceil_div, launch
 
 
 @triton.jit
@@ -104,19 +106,17 @@ def _forward_kernel(
 
 def swiglu_forward(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gate_up # [M, 2I], weight # [M] FP32 -> act codes # [M, I] and scales, gate_up codes # [M, 2I] and scales."""
-    M, I = len(gate_up), gate_up.shape[1] // 2
-    empty = {"device": gate_up.device}
-    act = torch.empty(M, I, dtype=torch.float8_e4m3fn, **empty), torch.empty(I // 128, M, **empty)
-    saved = torch.empty(M, 2 * I, dtype=torch.float8_e4m3fn, **empty), torch.empty(2 * I // 128, M, **empty)
+    (M, width), device = gate_up.shape, gate_up.device
+    I, act, saved = width // 2, empty_form(M, width // 2, device), empty_form(M, width, device)
     if M:
         block, (half, vector, _) = 16, packing(gate_up)
         launch(
-            _forward_kernel, (I // 128, triton.cdiv(M, block)),
-            (words_of(gate_up), gate_up if weight is None else weight, act[0].view(torch.int16), act[1],
-             saved[0].view(torch.int16), saved[1], M, I),
+            _forward_kernel, (I // 128, ceil_div(M, block)),
+            (words_of(gate_up), gate_up if weight is None else weight, (act[0], torch.int16), act[1],
+             (saved[0], torch.int16), saved[1], M, I),
             (weight is not None, half, vector, ue8m0, INTERPRET, block), num_warps=4,
         )  # fmt: skip
-    return act[0], act[1].t(), saved[0], saved[1].t()
+    return *act, *saved
 
 
 @triton.jit
@@ -219,27 +219,24 @@ def swiglu_backward(
     """Saved codes # [M, 2I] and scales # [M, 2I/128], grad # [M, I] of the activation, weight # [M] ->
     columns of the activation # [I, P], rows # [M, 2I] and columns # [2I, P] of gate_up's gradient, d_weight # [M].
     """
-    M, I = grad.shape
-    P, empty = tiles.most * 128, {"device": grad.device}
-    act = torch.empty(I, P, dtype=torch.float8_e4m3fn, **empty), torch.empty(P // 128, I, **empty)
-    rows = torch.empty(M, 2 * I, dtype=torch.float8_e4m3fn, **empty), torch.empty(2 * I // 128, M, **empty)
-    columns = torch.empty(2 * I, P, dtype=torch.float8_e4m3fn, **empty), torch.empty(P // 128, 2 * I, **empty)
-    d_weight = grad if weight is None else torch.empty(I // 128, M, **empty)
+    (M, I), P, device = grad.shape, tiles.most * 128, grad.device
+    act, rows, columns = empty_columns(I, P, device), empty_form(M, 2 * I, device), empty_columns(2 * I, P, device)
+    d_weight = grad if weight is None else torch.empty(I // 128, M, dtype=torch.float32, device=device)
     half, vector, _ = packing(grad)
-    inputs = codes.view(torch.int16), scales, *scales.stride(), words_of(grad), grad if weight is None else weight
+    inputs = (codes, torch.int16), scales, *scales.stride(), words_of(grad), grad if weight is None else weight
     # Two launches that compute the gradients twice: rows and columns together do not fit in the registers.
     if M:
         block, warps, registers = ROWS
         launch(
-            _backward_rows_kernel, (I // 128, triton.cdiv(M, block)),
-            (*inputs, rows[0].view(torch.int16), rows[1], d_weight, M, I),
+            _backward_rows_kernel, (I // 128, ceil_div(M, block)),
+            (*inputs, (rows[0], torch.int16), rows[1], d_weight, M, I),
             (weight is not None, half, vector, ue8m0, INTERPRET, block), num_warps=warps, maxnreg=registers,
         )  # fmt: skip
         channels, vector, warps, registers = COLUMNS
         launch(
             _backward_columns_kernel, (I // channels, tiles.most),
-            (*inputs, tiles.table, act[0].view(torch.int32), act[1], columns[0].view(torch.int32), columns[1], I, P),
+            (*inputs, tiles.table, (act[0], torch.int32), act[1], (columns[0], torch.int32), columns[1], I, P),
             (weight is not None, half, vector, 4 * channels // (vector * warps), ue8m0, INTERPRET, channels),
             num_warps=warps, maxnreg=registers,
         )  # fmt: skip
-    return act, (rows[0], rows[1].t()), columns, None if weight is None else d_weight.sum(0)
+    return act, rows, columns, None if weight is None else d_weight.sum(0)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import launch
+from model.kernels.launch import ceil_div, launch, power_of_two
 
 TILE = 128
 
@@ -72,7 +72,7 @@ def largest_first(starts: Tensor) -> Tensor:
     if order is None:
         groups = len(starts) - 1
         order = torch.empty(groups, dtype=torch.int32, device=starts.device)
-        launch(_order_kernel, (1,), (starts, order, groups), (triton.next_power_of_2(groups),), num_warps=8)
+        launch(_order_kernel, (1,), (starts, order, groups), (power_of_two(groups),), num_warps=8)
         starts.__dict__["order"] = order
     return order
 
@@ -104,8 +104,8 @@ def _tiles(ends: Tensor, rows: int) -> Tiles:
     table, starts, order, count = torch.empty(sum(sizes), dtype=torch.int32, device=ends.device).split(sizes)
     starts, order, count = starts[: groups + 1], order[:groups], count[:1]
     block = 32
-    grid = (max(1, triton.cdiv(most, block)),)
-    constants = triton.next_power_of_2(groups), block
+    grid = (max(1, ceil_div(most, block)),)
+    constants = power_of_two(groups), block
     launch(_tiles_kernel, grid, (ends, table, starts, order, count, groups, most), constants, num_warps=4)
     starts.__dict__["order"] = order
     return Tiles(table.view(most, 4), starts, count, most)

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from model.fp8.forms import Columns
-from model.fp8.gemm import SHARED, descriptor, load_tile, processors, store_tile
+from model.fp8.gemm import SHARED, descriptor, layout_of, load_tile, processors, store_tile
 from model.fp8.tiles import largest_first
 from model.kernels.launch import launch
 
@@ -209,9 +209,10 @@ def grouped_outer(sources: Sequence[tuple[Columns, Columns]], dtype: torch.dtype
     For each group the sum of a^T b over the pairs, whose groups may have other sizes; zeros for one without rows.
     into # [E, N, K] float32 is added to.
     """
-    (first, other), E = sources[0], len(sources[0][0].starts) - 1
-    N, K = len(first.codes), len(other.codes)
+    (first, other), E = sources[0], sources[0][0].starts.shape[0] - 1
+    N, K = first.codes.shape[0], other.codes.shape[0]
     out = torch.empty(E, N, K, dtype=dtype, device=first.codes.device) if into is None else into
+    assert out.is_contiguous(), f"{out.stride()=}"
     sources = [pair for pair in sources if pair[0].codes.shape[1]]  # no tensor map describes nothing
     if not sources:
         return out.zero_() if into is None else into
@@ -220,8 +221,7 @@ def grouped_outer(sources: Sequence[tuple[Columns, Columns]], dtype: torch.dtype
         args += descriptor(a.codes, [ROWS, 128], SHARED), descriptor(b.codes, [BLOCK_K, 128], SHARED)
         args += descriptor(b.scales, [1, BLOCK_K], FLAT), a.scales, a.starts
     args += [None] * (10 - len(args))
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * out.element_size(), rank=2)
-    args += descriptor(out.view(E * N, K), [ROWS, BLOCK_K], layout), out, largest_first(sources[0][0].starts), E, N, K
+    args += descriptor(out, [ROWS, BLOCK_K], layout_of(out.dtype)), out, largest_first(sources[0][0].starts), E, N, K
     grid = (min(processors(out.device), E * -(-N // BLOCK_N) * -(-K // BLOCK_K)),)
     launch(wgrad_kernel, grid, tuple(args), (STAGES, into is not None, len(sources) == 2), num_warps=4)
     return out

@@ -19,3 +19,17 @@ def _runs_on(device: torch.device) -> bool:
 def usable(x: Tensor) -> bool:
     """Whether kernels can compute on x."""
     return x.is_cuda and x.dtype in DTYPES and _runs_on(x.device)
+
+
+def sum_of(parameter: Tensor) -> Tensor | None:
+    """The FP32 sum of a parameter's gradients, for a backward pass that adds to it by itself and leaves autograd none.
+
+    It is the `grad` of what the parameter has as its attribute `master`, if it has one (grpo/policy.py); else None.
+    Contiguous.
+    """
+    master = getattr(parameter, "master", None)
+    if master is None:
+        return None
+    if master.grad is None:
+        master.grad = torch.zeros_like(master)
+    return master.grad

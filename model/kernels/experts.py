@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import launch
+from model.kernels.launch import ceil_div, launch, power_of_two
 
 BLOCK = 1024  # channels of a row at a time
 
@@ -31,8 +31,8 @@ def combine(y: Tensor, inverse: Tensor) -> Tensor:
     T, K = inverse.shape
     y, out = y.contiguous(), torch.empty(T, y.shape[1], dtype=y.dtype, device=y.device)
     if T:
-        block = min(2048, triton.next_power_of_2(y.shape[1]))
-        grid, D = (triton.cdiv(y.shape[1], block) * T,), y.shape[1]
+        block = min(2048, power_of_two(y.shape[1]))
+        grid, D = (ceil_div(y.shape[1], block) * T,), y.shape[1]
         launch(_combine_kernel, grid, (y, inverse, out, D), (K, block), num_warps=8)
     return out
 
@@ -111,9 +111,9 @@ def _forward(gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
     (M, I), stride = gate.shape, gate.stride(0)
     out = torch.empty(M, I, dtype=gate.dtype, device=gate.device)
     if M:
-        block = min(BLOCK, triton.next_power_of_2(I))
+        block = min(BLOCK, power_of_two(I))
         routed = gate if weight is None else weight
-        grid, constants = (triton.cdiv(I, block) * M,), (weight is not None, block)
+        grid, constants = (ceil_div(I, block) * M,), (weight is not None, block)
         launch(_gated_kernel, grid, (gate, up, routed, out, stride, I), constants)
     return out
 
@@ -125,7 +125,7 @@ def _backward(
     assert d_gate.stride(0) == d_up.stride(0) == stride
     d_weight = None if weight is None else torch.empty_like(weight)
     if M:
-        block = min(BLOCK, triton.next_power_of_2(I))
+        block = min(BLOCK, power_of_two(I))
         routed, d_routed = (gate, grad) if weight is None else (weight, d_weight)
         args = (gate, up, routed, grad, d_gate, d_up, d_routed, stride, I)
         launch(_gated_backward_kernel, (M,), args, (weight is not None, block))

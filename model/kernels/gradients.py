@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import launch
+from model.kernels.launch import ceil_div, launch
 
 BLOCK = 4096
 
@@ -25,5 +25,5 @@ def added(total: Tensor | None, x: Tensor) -> Tensor:
     total = torch.empty_like(x, dtype=torch.float32) if total is None else total
     assert total.shape == x.shape and total.is_contiguous(), f"{total.shape=} {x.shape=}"
     if x.numel():
-        launch(_add_kernel, (triton.cdiv(x.numel(), BLOCK),), (total, x, x.numel()), (first, BLOCK), num_warps=8)
+        launch(_add_kernel, (ceil_div(x.numel(), BLOCK),), (total, x, x.numel()), (first, BLOCK), num_warps=8)
     return total

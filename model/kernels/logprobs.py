@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import ceil_div, power_of_two
+
 BLOCK = 4096  # logits of a row at a time
 
 
@@ -47,7 +49,7 @@ def chosen_logprobs(
     its normaliser, written to logprobs, entropy and norm # [R] float32."""
     R, V = logits.shape
     if R:
-        block = min(BLOCK, triton.next_power_of_2(V))
+        block = min(BLOCK, power_of_two(V))
         _forward_kernel[(R,)](logits, target, logprobs, entropy, norm, V, 1 / temperature, block, num_warps=8)
 
 
@@ -55,7 +57,7 @@ def logits_gradient_(logits: Tensor, target: Tensor, temperature: float, norm: T
     """In place of logits # [R, V] what a gradient # [R] float32 of their log-probabilities at target becomes."""
     R, V = logits.shape
     if R:
-        block = min(BLOCK, triton.next_power_of_2(V))
-        grid = (triton.cdiv(V, block) * R,)
+        block = min(BLOCK, power_of_two(V))
+        grid = (ceil_div(V, block) * R,)
         _backward_kernel[grid](logits, target, norm, grad.contiguous(), V, 1 / temperature, block, num_warps=8)
     return logits

@@ -369,7 +369,8 @@ def test_gradients_in_bfloat16_do_not_pile_up(tiny: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(policy_module, "_collect", counted)
     policy.forward_backward(batches, loss_fn)
-    assert set(held) == {1} and len(held) > len(policy.parameters) and len(batches) > 1
+    # none of what was added where it was computed
+    assert set(held) == {0, 1} and len(held) > len(policy.parameters) and len(batches) > 1
     assert all(parameter.grad is None for parameter in policy.parameters)
     for name, master, total in zip(policy.names, policy.master, want):
         assert torch.equal(total, torch.zeros_like(total) if master.grad is None else master.grad), name

@@ -92,3 +92,18 @@ def test_no_rows() -> None:
     assert got.shape == entropy.shape == (0,)
     assert weight.grad is not None
     assert weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_head_is_added_to_its_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 5 * VOCAB)
+    hidden, weight, target = inputs(dtype)
+    token_logprobs(hidden, weight, target)[0].sum().backward()
+    once, weight.grad = weight.grad, None
+    master = torch.zeros_like(weight, dtype=torch.float32)
+    weight.master = master  # type: ignore[attr-defined]
+    for _ in range(2):
+        token_logprobs(hidden, weight, target)[0].sum().backward()
+    assert weight.grad is None and master.grad is not None and once is not None
+    low = dtype == torch.bfloat16
+    torch.testing.assert_close(master.grad / 2, once.float(), rtol=1e-2 if low else 1e-5, atol=1e-2 if low else 1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import grpo.optimizer
-from grpo.optimizer import LowMemoryAdamW, build_optimizer
+from grpo.optimizer import LowMemoryAdamW, build_optimizer, step_with_scales
 
 BETAS = (0.9, 0.95)
 
@@ -40,6 +40,24 @@ def test_two_steps_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(state["exp_avg"].double(), m, rtol=2**-7, atol=0)
     torch.testing.assert_close(state["exp_avg_sq"].double(), v, rtol=2**-7, atol=0)
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_with_scales_is_one_with_scaled_gradients(dtype: torch.dtype) -> None:
+    after = []
+    for by_hand in (True, False):
+        weights = [torch.nn.Parameter(torch.ones(16, 32)) for _ in range(3)]
+        optimizer = build_optimizer(weights, 1e-2, BETAS, 0.1, dtype)
+        for grads in zip(*(gradients(2, (16, 32)) for _ in weights)):
+            for weight, grad, scale in zip(weights, grads, (0.3, 1.0, 7.0)):
+                weight.grad = grad * scale if by_hand else grad.clone()
+            if by_hand:
+                optimizer.step()
+            else:
+                step_with_scales(optimizer, {weights[0]: 0.3, weights[2]: 7.0})
+        after.append(torch.stack([weight.detach() for weight in weights]))
+    assert torch.equal(*after)
+    assert not torch.equal(after[0][0], after[0][1])
 
 
 def test_stays_near_fp32_moments() -> None:

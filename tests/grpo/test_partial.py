@@ -263,6 +263,7 @@ def test_resume_goes_on_with_the_unfinished_samples(reference: Path, monkeypatch
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 def test_an_engine_that_dies_changes_nothing(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kill_at(monkeypatch, "collect", "rollout-1", 3, True)
     GRPOTrainer(partial_settings(reference, "killed", "ray")).train()

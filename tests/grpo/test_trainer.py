@@ -122,26 +122,26 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, verb: str, role: str, nth: int, aft
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("verb", "role", "nth", "after"),
-    [
-        ("sample", "rollout-1", 4, True),  # while it samples
-        ("score", "rewards", 3, True),  # while it scores
-        ("sync_weights", "rollout-0", 3, True),  # while weights arrive
-    ],
-)
-def test_dead_rollout_and_reward_actors_are_replaced(
-    reference: Path, monkeypatch: pytest.MonkeyPatch, verb: str, role: str, nth: int, after: bool
-) -> None:
-    kill_at(monkeypatch, verb, role, nth, after)
-    name = f"killed-{verb}-{role}"
-    GRPOTrainer(settings(reference, name, "ray")).train()
-    assert rows(reference / name) == rows(reference / "inline")
-    assert rows(reference / name, "samples.jsonl") == rows(reference / "inline", "samples.jsonl")
+@pytest.mark.usefixtures("shared_ray")
+def test_dead_rollout_and_reward_actors_are_replaced(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three deaths at three places of one run."""
+    kill_at(monkeypatch, "sync_weights", "rollout-0", 3, True)  # while weights arrive
+    kill_at(monkeypatch, "score", "rewards", 4, True)  # while it scores
+    kill_at(monkeypatch, "sample", "rollout-1", 6, True)  # while it samples
+    revived: list[str] = []
+    revive = Remote.revive
+    monkeypatch.setattr(Remote, "revive", lambda self, role: (revived.append(role), revive(self, role))[1])
+    content = settings(reference, "killed", "ray")
+    content["run"]["max_restarts"] = 3
+    GRPOTrainer(content).train()
+    assert sorted(revived) == ["rewards", "rollout-0", "rollout-1"]
+    assert rows(reference / "killed") == rows(reference / "inline")
+    assert rows(reference / "killed", "samples.jsonl") == rows(reference / "inline", "samples.jsonl")
 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("transport", "pushed"),
     [("ipc", [0, 0, 0]), ("broadcast", [0, 0, 1])],  # a broadcast breaks off, and everything is sent anew
@@ -170,6 +170,7 @@ def test_in_one_process_weights_may_be_copied_all_the_same(reference: Path, tran
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("verb", "nth", "after"),
     [("learn", 4, True), ("sync_weights", 3, False), ("save", 2, True)],  # in, after the step; while saving
@@ -190,6 +191,7 @@ def test_a_dead_learner_stops_the_run_and_resume_is_bit_equal(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 def test_an_engine_that_dies_in_a_refill_is_replaced(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"dynamic_sampling": True, "max_steps": 3}
     with monkeypatch.context() as patch:  # only correct answers pay: nearly every group is dropped and refilled
@@ -214,6 +216,7 @@ def twenty_steps(reference: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(
     ("placement", "expected"),
     [
@@ -232,9 +235,10 @@ def test_the_run_goes_through_ray(
 
     def look(self: Cluster, *batches: Any) -> Any:
         if not seen:
-            address = self.backend.ray.get_runtime_context().gcs_address  # type: ignore[attr-defined]
-            actors = list_actors(address)  # of this cluster: another one may run on the machine
-            seen.append(dict(Counter(actor.class_name for actor in actors if actor.state == "ALIVE")))
+            here = self.backend.ray.get_runtime_context()  # type: ignore[attr-defined]
+            # of this run, on this cluster: 100 are listed, and other tests' dead ones would count
+            mine = [("state", "=", "ALIVE"), ("job_id", "=", here.get_job_id())]
+            seen.append(dict(Counter(actor.class_name for actor in list_actors(here.gcs_address, filters=mine))))
         return learn(self, *batches)
 
     monkeypatch.setattr(Cluster, "learn", look)

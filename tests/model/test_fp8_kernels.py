@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
 casts = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
 products = pytest.mark.skipif(not GPU, reason="needs a Hopper GPU")
-SIZES = [[0, 1, 127, 0, 128, 129, 0], [0], [300], [0, 0, 513]]  # tokens of each group
+SIZES = [[0, 1, 127, 0, 128, 129, 0], [0, 0], [0], [300], [0, 0, 513]]  # tokens of each group
 if GPU or INTERPRETED:
     from model.fp8 import kernels
     from model.fp8.tiles import largest_first
@@ -63,7 +63,7 @@ def assert_near(ours: Rows | Columns, theirs: Rows | Columns) -> None:
 
 
 @casts
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES if GPU else SIZES[:2], ids=str)  # the first has what the others have
 @pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_casts_write_the_reference_bytes_and_scales(sizes: list[int], ue8m0: bool, dtype: torch.dtype) -> None:
@@ -79,6 +79,19 @@ def test_casts_write_the_reference_bytes_and_scales(sizes: list[int], ue8m0: boo
     ours = kernels.permute_quantize(source, token, ends, recipe)
     for mine, theirs in zip(ours, reference.permute_quantize(source, token, ends, recipe)):
         assert_same(mine, theirs)
+
+
+@casts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lines_that_do_not_begin_at_16_bytes(dtype: torch.dtype) -> None:
+    """By their length, or as memory begins elsewhere: they cannot be copied by 16 bytes."""
+    ends = ends_of([0, 130, 3])
+    odd = wide(133, 200 if dtype == torch.bfloat16 else 202, dtype=dtype)
+    elsewhere = wide(1, 133 * 208 + 2, dtype=dtype)[0, 2:].view(133, 208)
+    for x in (odd, elsewhere):
+        poison()
+        for ours, theirs in zip(*(m.quantize_both(x, ends, Recipe()) for m in (kernels, reference))):
+            assert_same(ours, theirs)
 
 
 @casts

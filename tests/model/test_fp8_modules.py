@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from model import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout
 from model.fp8 import reference
 from model.fp8.forms import Recipe
-from model.fp8.modules import RECIPES, Fp8Experts, Fp8Linear, Fp8MLP, adding_to_gradients, to_fp8, unquantized
+from model.fp8.modules import (
+    RECIPES,
+    Fp8Experts,
+    Fp8Linear,
+    Fp8MLP,
+    _share_cast,
+    adding_to_gradients,
+    to_fp8,
+    unquantized,
+)
 from model.fp8.published import computed_state
 from model.layers import MLP
 from model.moe import Experts, Routing, expert_counts
@@ -152,9 +161,43 @@ def counting() -> tuple[Any, Counter[str]]:
 
         return call
 
-    names = ("grouped_linear", "grouped_dgrad", "grouped_wgrad", "quantize_weight")
+    names = ("grouped_linear", "grouped_dgrad", "grouped_wgrad", "quantize_weight", "quantize_both")
     ops = vars(reference) | {name: counted(name, getattr(reference, name)) for name in names}
     return SimpleNamespace(**ops), counts
+
+
+def test_layers_that_share_a_cast_take_each_tensor_as_it_is() -> None:
+    """What is kept between the two is not used for another tensor or after a change, and is not kept any longer."""
+    ops, counts = counting()
+    one, other = (Fp8Linear(linear(96, 256), ops, Recipe()) for _ in range(2))
+    alone = [Fp8Linear(linear(96, 256), ops, Recipe()) for _ in range(2)]
+    for layer, same in zip((one, other), alone, strict=True):
+        same.weight = layer.weight
+    _share_cast(one, other)
+    x, y = (torch.randn(5, 256) for _ in range(2))
+    for casts, first, second in [(1, x, x), (2, x, y), (1, y, x), (1, y, y)]:  # y waits for the third's first
+        counts.clear()
+        got = one(first), other(second)
+        assert counts["quantize_both"] == casts
+        want = alone[0](first), alone[1](second)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    counts.clear()
+    for layer, same in ((one, x), (other, x.detach())):
+        layer(same)
+    assert counts["quantize_both"] == 1
+    for changed in (x, x.detach()):
+        one(x)
+        changed += 1
+        assert torch.equal(other(x), alone[1](x))
+    for layer in (one, other, one):
+        layer(x)
+    assert torch.equal(other(x[:3]), alone[1](x[:3]))
+    leaf, grads = torch.randn(5, 256, requires_grad=True), []
+    for a, b in ((one, other), alone):
+        hidden = leaf * 2
+        grads.append(torch.autograd.grad((a(hidden) * b(hidden)).sum(), (leaf, one.weight, other.weight)))
+    assert all(map(torch.equal, *grads))
+    assert one.shared == []
 
 
 def loss_of(model: DeepseekV3ForCausalLM, ids: Tensor) -> Tensor:
@@ -170,7 +213,7 @@ def loss_of(model: DeepseekV3ForCausalLM, ids: Tensor) -> Tensor:
 def test_a_step_in_numbers(make_model: MakeModel) -> None:
     """Products: fprop, dgrad and wgrad of five matrices of attention in four layers (one of them MTP's), and of the two
     of a gated MLP: one dense, three shared, three times the routed experts. Weights are cast once for two
-    micro-batches, and again after an update."""
+    micro-batches, and again after an update. Two matrices of attention share an input, which is cast once."""
     model = make_model(num_nextn_predict_layers=1)
     ops, counts = counting()
     to_fp8(model, "emulate", ops=ops)
@@ -182,6 +225,7 @@ def test_a_step_in_numbers(make_model: MakeModel) -> None:
             done = 2 * update + microbatch + 1
             assert {counts[f"grouped_{kind}"] for kind in ("linear", "dgrad", "wgrad")} == {done * products}
             assert counts["quantize_weight"] == (update + 1) * products
+            assert counts["quantize_both"] == done * (4 * 4 + 1 + 3)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -276,10 +320,10 @@ def test_refusals(make_model: MakeModel) -> None:
 
 
 def test_emulation_imports_no_kernels() -> None:
-    code = "import model.fp8.modules, sys; print([m for m in sys.modules if 'triton' in m or m == 'model.fp8.kernels'])"
-    before = "import torch, sys; print([m for m in sys.modules if 'triton' in m])"
-    run = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (code, before)]
-    assert run[0] == run[1] != ""
+    code = "import torch, sys; before = {*sys.modules}; import model.fp8.modules; print(*{*sys.modules} - before)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    assert "model.fp8.reference" in found
+    assert not [name for name in found if "triton" in name or name == "model.fp8.kernels"]
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 4])

@@ -39,6 +39,7 @@ def directory(vllm_tiny: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(directory: Path) -> Any:
+    importlib.import_module("torch._dynamo")  # as a learner's optimiser does
     return build_engine(directory, "vllm", enable_return_routed_experts=True, **OPTIONS)
 
 
@@ -81,6 +82,12 @@ def test_greedy_tokens_logprobs_and_routes_are_the_embedded_engines(engine: Any,
     chosen = [(np.sort(a.routed_experts, -1), np.sort(b.routed_experts, -1)) for a, b in zip(ours, theirs)]
     assert sum(a.shape[0] * a.shape[1] for a, _ in chosen) > 500
     assert sum(int((a != b).any(-1).sum()) for a, b in chosen) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU alone")
+def test_on_a_cpu_nothing_is_compiled(engine: Any) -> None:
+    """Whoever came first: vLLM's sampler would compile C++ for 20 seconds on first use."""
+    assert importlib.import_module("torch._dynamo").config.disable
 
 
 @pytest.mark.parametrize(
@@ -146,9 +153,9 @@ def test_bad_prompts_are_named(engine: Any, prompt: list[int], max_tokens: int, 
 
 
 def test_after_every_push_the_engine_is_a_fresh_one(engine: Any, policy: Any, tmp_path: Path) -> None:
-    """Greedy tokens and log-probabilities exactly; those of transformers to 1e-4.
+    """Those of transformers to 1e-4 after each push; after some, a fresh engine's tokens and log-probabilities exactly.
 
-    Fresh engines are kept: dropping one tears down the others.
+    Fresh engines are kept: dropping one tears down the others. They take most of the time.
     """
     model = policy
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -158,10 +165,11 @@ def test_after_every_push_the_engine_is_a_fresh_one(engine: Any, policy: Any, tm
         engine.load_weights(weights, push)
         engine.check_weights(weights)
         model.save_pretrained(tmp_path / str(push))
-        fresh = build_engine(tmp_path / str(push), "vllm", **OPTIONS)
         got = drawn(engine)
         assert {c.policy_version for c in got} == {push}
-        assert [(c.token_ids, c.logprobs) for c in got] == [(c.token_ids, c.logprobs) for c in drawn(fresh)], push
+        if push in (1, 2, 10, 20):
+            fresh = build_engine(tmp_path / str(push), "vllm", **OPTIONS)
+            assert [(c.token_ids, c.logprobs) for c in got] == [(c.token_ids, c.logprobs) for c in drawn(fresh)], push
         greedy_by_transformers(tmp_path / str(push), got)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
