@@ -94,7 +94,7 @@ def test_few_shapes(make_model: MakeModel) -> None:
     plain, few = (SequenceLayout.from_segments(CU, PARENT, few_shapes=f) for f in (False, True))
     assert [b.shape[1] for b in few.buckets] == [64] * len(plain.buckets)
     got, want = (model.forward_packed(ids, layout).hidden for layout in (few, plain))
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # attention adds up in another order at another length
     shapes = set()
     for length in range(100, 4096, 7):
         (bucket,) = SequenceLayout.from_segments([0, length], few_shapes=True).buckets

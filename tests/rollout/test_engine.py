@@ -28,7 +28,7 @@ def dense_logprobs(model: DeepseekV3ForCausalLM, prompt: list[int], completion: 
 
 
 def assert_dense(
-    engine: EmbeddedEngine, prompts: list[list[int]], results: list[list[Completion]], atol: float = 1e-5
+    engine: EmbeddedEngine, prompts: list[list[int]], results: list[list[Completion]], atol: float = 2e-5
 ) -> None:
     for prompt, group in zip(prompts, results):
         for c in group:
@@ -207,7 +207,7 @@ def test_greedy_decoding_takes_the_likeliest_token(make_model: MakeModel, prompt
     with torch.no_grad():
         assert engine.model(tokens).logits[0].argmax(-1)[6:-1].tolist() == list(first.token_ids)
     torch.testing.assert_close(
-        torch.tensor(first.logprobs), dense_logprobs(engine.model, prompt, first), atol=1e-5, rtol=0
+        torch.tensor(first.logprobs), dense_logprobs(engine.model, prompt, first), atol=2e-5, rtol=0
     )
     assert first.log_support == first.logprobs
 
