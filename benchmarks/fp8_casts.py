@@ -18,7 +18,7 @@ from benchmarks.gpu import Times, bench, normal, record, report, shares
 from model.fp8 import kernels
 from model.fp8.forms import Recipe
 
-CLAIM = "FP8 casts move bytes at three quarters (both forms) to all (one form) of the rate of a device copy."
+CLAIM = "FP8 casts move bytes at four fifths (both forms) to all (one form) of the rate of a device copy."
 
 
 def casts() -> dict[str, Any]:
