@@ -37,24 +37,26 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 f"beta2 {betas[1]}: with BF16 moments at most {MAX_BETA2_BF16}, or the second never shrinks"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.scales: Mapping[torch.Tensor, float] = {}  # what gradients are multiplied by; 1 where it says nothing
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: None = None, scales: Mapping[torch.Tensor, float] | None = None
+    ) -> None:
+        """scales: what the gradients of these parameters are multiplied by."""
         assert closure is None, "a closure is not called"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    scale = 1.0 if scales is None else scales.get(parameter, 1.0)
+                    self._update(parameter, parameter.grad, scale, group)
 
-    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, scale: float, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] += 1
-        scale = self.scales.get(parameter, 1.0)
         if usable(parameter):
             from model.kernels.adamw import adamw_
 
@@ -83,11 +85,11 @@ def step_with_scales(optimizer: torch.optim.Optimizer, scales: Mapping[torch.Ten
     LowMemoryAdamW multiplies as it reads them, which saves a pass over all gradients.
     """
     if isinstance(optimizer, LowMemoryAdamW):
-        optimizer.scales = scales
-    else:
-        for parameter, scale in scales.items():
-            if parameter.grad is not None and scale != 1:
-                parameter.grad.mul_(scale)
+        optimizer.step(scales=scales)
+        return
+    for parameter, scale in scales.items():
+        if parameter.grad is not None and scale != 1:
+            parameter.grad.mul_(scale)
     optimizer.step()
 
 
