@@ -26,16 +26,14 @@ class DeepseekV3DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """x # [T, d], cos and sin # [T, d_r / 2], routed_experts # [T, K] to replay -> (x # [T, d], Routing)."""
         x, normed = self.input_layernorm.added(x, None, readers=2)
-        return self._feed_forward(x, self.self_attn(normed, cos, sin, layout), routed_experts)
+        return self.feed_forward(x, routed_experts, self.self_attn(normed, cos, sin, layout))
 
-    def feed_forward(self, x: Tensor, routed_experts: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """The second half of the layer, for engines with their own attention: x # [T, d] -> (x # [T, d], Routing)."""
-        return self._feed_forward(x, None, routed_experts)
-
-    def _feed_forward(
-        self, x: Tensor, delta: Tensor | None, routed_experts: Tensor | None
+    def feed_forward(
+        self, x: Tensor, routed_experts: Tensor | None = None, delta: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """The same of x + delta."""
+        """The second half of the layer, of x + delta # [T, d] -> (x # [T, d], Routing); engines have their own
+        attention before it, and no delta.
+        """
         x, normed = self.post_attention_layernorm.added(x, delta, readers=3 if self.is_moe else 1)
         if not self.is_moe:
             return x + self.mlp(*normed), None
