@@ -77,7 +77,10 @@ def test_three_steps_are_those_of_the_cpu(case: str, tiny: Path) -> None:
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
     for a, b in zip(on_cpu.policy.master, on_gpu.policy.master):
-        apart = (b.cpu() - a).abs()
+        if case != "adapter":
+            torch.testing.assert_close(b.cpu(), a, rtol=0, atol=2e-4)
+            continue
+        apart = (b.detach().cpu() - a.detach()).abs()
         # AdamW moves a weight whose gradient is all rounding as far as any other: a few may part, by less than a step
         assert float((apart > 2e-4).float().mean()) < 0.01
         assert float(apart.max()) < 1e-3

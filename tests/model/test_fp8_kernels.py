@@ -1,6 +1,5 @@
 """FP8 kernels against the reference: casts anywhere by Triton's interpreter, products on a Hopper GPU only."""
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,11 +14,10 @@ from model.fp8 import reference
 from model.fp8.forms import Columns, Recipe, Rows, Weight
 from model.fp8.modules import Fp8Experts, adding_to_gradients, to_fp8
 from model.moe import Experts, Routing
-from tests.interpreter import run_interpreted
+from tests.interpreter import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
 casts = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
 products = pytest.mark.skipif(not GPU, reason="needs a Hopper GPU")

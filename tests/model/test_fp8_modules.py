@@ -18,15 +18,7 @@ from torch import Tensor, nn
 from model import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout
 from model.fp8 import reference
 from model.fp8.forms import Recipe
-from model.fp8.modules import (
-    RECIPES,
-    Fp8Experts,
-    Fp8Linear,
-    Fp8MLP,
-    _share_cast,
-    to_fp8,
-    unquantized,
-)
+from model.fp8.modules import RECIPES, Fp8Experts, Fp8Linear, Fp8MLP, _share_cast, to_fp8, unquantized
 from model.fp8.published import computed_state
 from model.layers import MLP
 from model.moe import Experts, Routing, expert_counts

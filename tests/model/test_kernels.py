@@ -1,6 +1,5 @@
 """Fused kernels against plain torch: on a GPU where there is one, else by Triton's interpreter."""
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +10,10 @@ from model import DeepseekV3Config, DeepseekV3ForCausalLM, SequenceLayout, atten
 from model.layers import RMSNorm
 from model.moe import Routing, TopkRouter, by_expert
 from model.rope import RotaryTables, apply_rope
-from tests.interpreter import run_interpreted
+from tests.interpreter import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
-GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 kernel = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter, started by another test")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
